@@ -1,0 +1,47 @@
+"""sequencer2d: deep LSTMs for image classification (Tatsunami & Taki, NeurIPS 2022).
+
+The names below are the public API. They are imported when first used, so that the command line answers at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sequencer2d.evaluation import evaluate
+    from sequencer2d.prediction import predict
+    from sequencer2d.training.config import TrainConfig
+    from sequencer2d.training.run import train
+    from sequencer2d.weights import load_model, save_model
+    from sequencer2d.zoo import create_model, list_models
+
+_HOME = {
+    "TrainConfig": "sequencer2d.training.config",
+    "create_model": "sequencer2d.zoo",
+    "evaluate": "sequencer2d.evaluation",
+    "list_models": "sequencer2d.zoo",
+    "load_model": "sequencer2d.weights",
+    "predict": "sequencer2d.prediction",
+    "save_model": "sequencer2d.weights",
+    "train": "sequencer2d.training.run",
+}
+
+__all__ = [  # noqa: RUF022
+    "TrainConfig",
+    "create_model",
+    "evaluate",
+    "list_models",
+    "load_model",
+    "predict",
+    "save_model",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Images in: opening files, data sets by name or folder, splits, transforms, mixing and loaders."""

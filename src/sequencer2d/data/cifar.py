@@ -1,0 +1,117 @@
+"""CIFAR-10 and CIFAR-100: torchvision's files and checksums, fetched so that an interruption does no harm."""
+
+import http.client
+import logging
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity, extract_archive
+
+from sequencer2d.data.sets import ArrayImages, ImageData, split_off_val
+
+DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+TIMEOUT_S = 60
+
+logger = logging.getLogger(__name__)
+
+
+def load_cifar(name: str, root: Path, *, val_fraction: float, seed: int, download: bool) -> ImageData:
+    """Loads CIFAR into memory, after downloading, verifying and unpacking it where that is still to be done.
+
+    Validation images are split off the official training set; `test` is the official test set.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        root: Folder that contains, or will contain, the official archive and what it unpacks to.
+        val_fraction: Share of validation images.
+        seed: Of that split.
+        download: Whether to download a missing archive.
+
+    Raises:
+        FileNotFoundError: The data are not there and `download` is off.
+        ConnectionError: The download failed; nothing of it is left.
+        OSError: The data could not be written, say because the disk is full; nothing of them is left.
+    """
+    dataset = DATASETS[name]
+    if not _is_whole(dataset, root):
+        archive = root / dataset.filename
+        if not check_integrity(archive, dataset.tgz_md5):
+            if not download:
+                raise FileNotFoundError(
+                    f"{name}: not found in {root}; allow the download, or put {dataset.filename} there"
+                )
+            _download(name, archive)
+        _unpack(name, archive)
+
+    with warnings.catch_warnings():  # NumPy 2.4.0 to 2.4.4 about the age of the official files
+        warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+        given, test = (dataset(root, train=train) for train in (True, False))
+    train, val, val_source = split_off_val(_images(given, f"{name}/train"), val_fraction, seed, of="train")
+    return ImageData(
+        name=name,
+        class_names=tuple(given.classes),
+        train=train,
+        val=val,
+        test=_images(test, f"{name}/test"),
+        val_source=val_source,
+    )
+
+
+def _images(dataset: CIFAR10, prefix: str) -> ArrayImages:
+    names = [f"{prefix}/{i:05d}" for i in range(len(dataset))]
+    return ArrayImages(np.ascontiguousarray(dataset.data), np.array(dataset.targets), names)
+
+
+def _is_whole(dataset: type[CIFAR10], root: Path) -> bool:
+    files = [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]
+    return all(check_integrity(root / dataset.base_folder / file, md5) for file, md5 in files)
+
+
+def _download(name: str, archive: Path) -> None:
+    """Fetches the official archive into a temporary folder; it takes its name once its checksum is right.
+
+    torchvision's own download has no timeout, falls back to plain HTTP and leaves half a file behind.
+    """
+    dataset = DATASETS[name]
+    logger.info("Downloading %s to %s", dataset.url, archive)
+    next_step = f"Put {dataset.filename} into {archive.parent}, or train on an image folder"
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=archive.parent) as temporary:
+            part = Path(temporary, dataset.filename)
+            with urllib.request.urlopen(dataset.url, timeout=TIMEOUT_S) as response, part.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            if not check_integrity(part, dataset.tgz_md5):
+                raise ConnectionError("what came is not the whole official archive")
+            os.replace(part, archive)
+    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConnectionError(f"{name}: cannot be downloaded from {dataset.url} ({reason}). {next_step}") from error
+    except OSError as error:
+        raise _write_error(name, archive.parent, error) from error
+
+
+def _unpack(name: str, archive: Path) -> None:
+    """Unpacks into a temporary folder, then moves the files one by one: each appears whole or not at all."""
+    folder = archive.parent / DATASETS[name].base_folder
+    try:
+        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=archive.parent) as temporary:
+            extract_archive(archive, temporary)
+            folder.mkdir(exist_ok=True)
+            for file in Path(temporary, folder.name).iterdir():
+                os.replace(file, folder / file.name)
+    except OSError as error:
+        raise _write_error(name, archive.parent, error) from error
+
+
+def _write_error(name: str, folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"{name}: cannot be written to {folder}: {error.strerror or error}. Free some space or choose another folder"
+    )

@@ -1,0 +1,154 @@
+"""Folders of images, one sub-folder per class: split already (train/, val/, test/) or one tree that is split here."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sequencer2d.data.images import IMAGE_EXTENSIONS
+from sequencer2d.data.sets import FileImages, ImageData, split_off_val
+
+VAL_NAMES = ("val", "valid", "validation")
+SPLIT_NAMES = ("train", *VAL_NAMES, "test")
+
+
+def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None = None) -> ImageData:
+    """Reads the layout of an image folder: `train/` with `val/`, `test/` or both, or class folders alone.
+
+    Every folder that holds images, however deep, belongs to the class folder above it. Validation images that are not
+    given are split off `train/`, or off the one tree, class by class; `test/` is never touched. Classes are in the
+    order of their names; `val/` and `test/` may lack some.
+
+    Args:
+        root: The folder. Nothing in it is changed.
+        val_fraction: Share of validation images where none are given.
+        seed: Of that split.
+        name: Name of the data set. Default: the folder's.
+
+    Raises:
+        FileNotFoundError: The folder does not exist.
+        ValueError: The layout, the classes or the number of images do not allow training. The message names the folder.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder")
+    if not root.is_dir():
+        raise ValueError(f"{root}: a file, where a folder of images is needed; unpack it first if it is an archive")
+    splits = _find_splits(root)
+    train_folder = splits.get("train", root)
+    train_files = scan_classes(root, train_folder)
+    if len(train_files) < 2:
+        raise ValueError(f"{train_folder}: only one class folder, {_listed(list(train_files))}; two or more are needed")
+    class_names = tuple(train_files)
+    train = _labelled(root, train_files, class_names)
+    test = _held_out(root, splits["test"], class_names) if "test" in splits else None
+    if "val" in splits:
+        val, val_source = _held_out(root, splits["val"], class_names), "given"
+    else:
+        _check_divisible(root, train_files)
+        of = "train" if "train" in splits else "the images"
+        train, val, val_source = split_off_val(train, val_fraction, seed, of=of)
+    return ImageData(
+        name=name or root.resolve().name,
+        class_names=class_names,
+        train=train,
+        val=val,
+        test=test,
+        val_source=val_source,
+    )
+
+
+def scan_classes(root: Path, parent: Path) -> dict[str, list[str]]:
+    """Files of each class folder in `parent`, relative to `root`; both in the order of their names."""
+    folders = _subfolders(parent)
+    if not folders:
+        hint = "; sort the images into one folder per class" if image_files(root, parent) else ""
+        raise ValueError(f"{parent}: no class folders{hint}")
+    files = {folder.name: image_files(root, folder) for folder in folders}
+    empty = [class_name for class_name, found in files.items() if not found]
+    if empty:
+        raise ValueError(f"{parent}: no images in {_listed(empty)}; fill or remove the empty class folders")
+    return files
+
+
+def image_files(root: Path, folder: Path) -> list[str]:
+    """Image files in a folder and below, sorted, as POSIX paths relative to `root`.
+
+    Hidden files and folders are left out. Links to folders are followed, but no folder is read twice, so that a link
+    to a folder above ends there. Files are known by their extension alone: to ask the file system about each of
+    ImageNet's would take minutes.
+    """
+    found = []
+    visited = {os.path.realpath(folder)}
+
+    def is_new(path: str) -> bool:
+        real = os.path.realpath(path)
+        new = real not in visited
+        visited.add(real)
+        return new
+
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        prefix = Path(parent).relative_to(root).as_posix()
+        images = (file for file in files if not file.startswith(".") and _extension(file) in IMAGE_EXTENSIONS)
+        found += [f"{prefix}/{file}" for file in images]
+        folders[:] = [f for f in sorted(folders) if not f.startswith(".") and is_new(os.path.join(parent, f))]
+    return sorted(found)
+
+
+def _find_splits(root: Path) -> dict[str, Path]:
+    """The folders of the splits under `train`, `val` and `test`; empty for one tree of class folders.
+
+    A split is a folder of folders: a class may well be called "train" or "test".
+    """
+    folders = {folder.name: folder for folder in _subfolders(root)}
+    splits = {name: folders[name] for name in SPLIT_NAMES if name in folders}
+    nested = [name for name, folder in splits.items() if _subfolders(folder)]
+    if "train" not in nested:
+        if nested or (splits and len(splits) == len(folders)):
+            raise ValueError(f"{root}: has {_listed(list(splits))}, but no train folder with class folders in it")
+        return {}
+    vals = [name for name in VAL_NAMES if name in splits]
+    if len(vals) > 1:
+        raise ValueError(f"{root}: {_listed(vals)} are all validation folders; keep one of them")
+    return {"val" if name in VAL_NAMES else name: folder for name, folder in splits.items()}
+
+
+def _held_out(root: Path, parent: Path, class_names: tuple[str, ...]) -> FileImages:
+    files = scan_classes(root, parent)
+    unknown = sorted(set(files) - set(class_names))
+    if unknown:
+        raise ValueError(f"{parent}: {_listed(unknown)} not among the classes of the train folder")
+    return _labelled(root, files, class_names)
+
+
+def _labelled(root: Path, files: dict[str, list[str]], class_names: tuple[str, ...]) -> FileImages:
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    labels = np.repeat([label_of[class_name] for class_name in files], [len(found) for found in files.values()])
+    return FileImages(root, [file for found in files.values() for file in found], labels)
+
+
+def _check_divisible(root: Path, files: dict[str, list[str]]) -> None:
+    single = [class_name for class_name, found in files.items() if len(found) < 2]
+    if single:
+        raise ValueError(
+            f"{root}: only one image in {_listed(single)}; splitting off validation images takes two or more per class"
+        )
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return [folder / name for name in sorted(names)]
+
+
+def _extension(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
+def _listed(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _raise(error: OSError) -> None:
+    raise error

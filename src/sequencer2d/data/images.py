@@ -1,0 +1,113 @@
+"""Opening one image: it comes out as upright 8-bit RGB, or as an `ImageError` that says why not."""
+
+import os
+import warnings
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""What counts as an image file in a folder, in lower case."""
+
+MIN_SIDE = 2
+"""Pixels; an image that is thinner has nothing to classify."""
+MAX_PIXELS = 80_000_000
+"""Pixels of the largest image that is decoded: 240 MB as RGB. Below Pillow's own limit of 89 million."""
+
+
+class ImageError(ValueError):
+    """A file that is not a usable image; the message names the file and what is wrong."""
+
+
+def open_image(source: str | Path | BinaryIO | BytesIO) -> Image.Image:
+    """Opens and fully decodes an image.
+
+    Transparency is laid on white; 16-bit, 32-bit and float grey is scaled to 8 bits; the EXIF orientation is applied;
+    of an animation the first frame counts.
+
+    Args:
+        source: A path, or a stream opened for binary reading, which stays open. (`BytesIO` is a `BinaryIO` to a type
+            checker, but not to one at run time.)
+
+    Returns:
+        An image of mode RGB, at least 2 pixels wide and high.
+
+    Raises:
+        ImageError: The file is missing, unreadable, empty, truncated, not an image, too small or too large. The
+            message begins with the path.
+    """
+    if not isinstance(source, str | Path):
+        return _decode(source, label=str(getattr(source, "name", None) or "image"))
+    try:
+        with open(source, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise ImageError(f"{source}: the file is empty")
+            return _decode(file, label=str(source))
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path that no file can have
+        raise ImageError(f"{source}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _decode(file: BinaryIO | BytesIO, label: str) -> Image.Image:
+    try:
+        # Pillow warns of large images, which are refused below, and of odd metadata in images that are fine. Where
+        # threads race for the list of filters, no more than this one can be left in it.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with Image.open(file) as image:
+                _check_size(image.size, label)
+                image.load()
+                _turn_upright(image)
+                return _to_rgb(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{label}: not an image of a known format") from error
+    except Image.DecompressionBombError as error:  # from twice Pillow's limit on, it does not tell width and height
+        raise ImageError(f"{label}: too many pixels; scale it down to {MAX_PIXELS:,} ({error})") from error
+    # Pillow's decoders answer damaged files with OSError, SyntaxError, ValueError, struct.error, IndexError and more
+    except Exception as error:
+        raise ImageError(f"{label}: cannot be decoded: {error or type(error).__name__}") from error
+
+
+def _check_size(size: tuple[int, int], label: str) -> None:
+    width, height = size
+    if min(size) < MIN_SIDE:
+        raise ImageError(f"{label}: {width}×{height} pixels are too few; at least {MIN_SIDE}×{MIN_SIDE} are needed")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{label}: {width}×{height} pixels are too many; scale it down to {MAX_PIXELS:,}")
+
+
+def _turn_upright(image: Image.Image) -> None:
+    # As above for the exceptions; the pixels are whole, so a damaged EXIF block leaves them as they lie
+    with suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert("RGB")
+
+
+def _to_8_bits(grey: np.ndarray) -> UInt8[np.ndarray, "H W"]:
+    """Scales grey levels of more than 8 bits, which Pillow's `convert` would clip to white.
+
+    A file does not say which level is white. It is the lowest usual one that no pixel exceeds, or else the brightest
+    pixel; for integers 65,535 is the first, since Pillow 10 also gives 16-bit files as 32-bit integers.
+    """
+    usual_whites = (1, 255, 65_535) if grey.dtype.kind == "f" else (65_535,)
+    levels = np.nan_to_num(grey.astype(np.float32), posinf=0).clip(min=0)
+    brightest = levels.max()
+    white = next((white for white in usual_whites if brightest <= white), brightest)
+    return np.rint(levels * (255 / white)).astype(np.uint8)

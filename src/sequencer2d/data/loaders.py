@@ -1,0 +1,164 @@
+"""Batches of images: which, in which order, and with which random numbers.
+
+Order and augmentation are functions of (seed, epoch, position) alone, whatever the number of workers, so that a run
+can be repeated, and continued inside an epoch.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sequencer2d.data.catalog import ImageSet
+from sequencer2d.data.images import ImageError
+from sequencer2d.data.transforms import ImageTransform
+from sequencer2d.training.config import SMALL_IMAGE_SIZE
+
+Key = tuple[int, int]
+"""Index of an image and the seed of its augmentation."""
+
+
+class Batch(NamedTuple):
+    """What a loader yields."""
+
+    images: UInt8[Tensor, "B H W C"]
+    labels: Int64[Tensor, "B"]
+    skipped: list[str]
+    """One message for each image of the batch that could not be read and is therefore missing from it."""
+
+
+class ShuffledBatches(Sampler[list[Key]]):
+    """A new permutation every epoch, cut into batches; the incomplete last one is dropped unless it is the only one."""
+
+    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+        self.num_images = num_images
+        self.batch_size = min(batch_size, num_images)
+        self.seed = seed
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_images // self.batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        generator = np.random.default_rng([self.seed, self.epoch])
+        order = generator.permutation(self.num_images).tolist()
+        seeds = generator.integers(2**32, size=self.num_images).tolist()
+        first, self.first_batch = self.first_batch, 0
+        for batch in range(first, len(self)):
+            chosen = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield list(zip(order[chosen], seeds[chosen], strict=True))
+
+
+class TrainLoader(DataLoader[Batch]):
+    """Shuffled, augmented batches without end of the seeds; knows its position for checkpoints."""
+
+    def __init__(
+        self, images: ImageSet, transform: ImageTransform, *, batch_size: int, seed: int, num_workers: int
+    ) -> None:
+        self.batches = ShuffledBatches(len(images), batch_size, seed)
+        self.position = 0
+        super().__init__(
+            TransformedImages(images, transform),
+            batch_sampler=self.batches,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.position = self.batches.first_batch
+        for batch in super().__iter__():
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batch": self.position % len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches.first_batch = state["batch"]
+
+
+def eval_loader(
+    images: ImageSet, transform: ImageTransform, *, batch_size: int, num_workers: int = 0
+) -> DataLoader[Batch]:
+    """All images once, in order."""
+    keys = [
+        [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
+        for start in range(0, len(images), batch_size)
+    ]
+    return DataLoader(
+        TransformedImages(images, transform), batch_sampler=keys, collate_fn=collate, num_workers=num_workers
+    )
+
+
+class TransformedImages(Dataset["tuple[UInt8[np.ndarray, 'H W C'], int] | str"]):
+    """Decodes and transforms one image, or says why it cannot."""
+
+    def __init__(self, images: ImageSet, transform: ImageTransform) -> None:
+        self.images = images
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> tuple[UInt8[np.ndarray, "H W C"], int] | str:
+        index, seed = key
+        seed_generators(seed)
+        try:
+            image = self.images.image(index)
+        except ImageError as error:
+            return str(error)
+        return self.transform(image), int(self.images.labels[index])
+
+
+def collate(samples: list[tuple[UInt8[np.ndarray, "H W C"], int] | str]) -> Batch:
+    """Stacks what could be read. A batch of which nothing could be read has 0 images."""
+    good = [sample for sample in samples if not isinstance(sample, str)]
+    images = torch.from_numpy(np.stack([image for image, _ in good])) if good else torch.zeros(0, 1, 1, 3).byte()
+    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return Batch(images, labels, [sample for sample in samples if isinstance(sample, str)])
+
+
+class CachedImages(ImageSet):
+    """Keeps small images decoded in memory, as uint8, once they have been read."""
+
+    def __init__(self, images: ImageSet, max_bytes: int = 2**31) -> None:
+        self.images = images
+        self.labels = images.labels
+        self.free_bytes = max_bytes
+        self.decoded: dict[int, np.ndarray] = {}
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "CachedImages":
+        return CachedImages(self.images.subset(indices), self.free_bytes)
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.decoded:
+            return Image.fromarray(self.decoded[index])
+        image = self.images.image(index)
+        if max(image.size) <= SMALL_IMAGE_SIZE:
+            array = np.asarray(image)
+            if array.nbytes <= self.free_bytes:
+                self.free_bytes -= array.nbytes
+                self.decoded[index] = array
+        return image
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds the three global generators that augmentation draws from, and no device's."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)

@@ -1,0 +1,110 @@
+"""A data set in memory: labelled images in up to three splits, whatever they were read from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int, Int64, UInt8
+from PIL import Image
+
+from sequencer2d.data.images import open_image
+from sequencer2d.data.splits import stratified_split
+
+
+class ImageSet(ABC):
+    """The images of one split with their labels, by index."""
+
+    labels: Int64[np.ndarray, "N"]
+    """Index of each image's class in `ImageData.class_names`."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def image(self, index: int) -> Image.Image:
+        """One image, mode RGB.
+
+        Raises:
+            ImageError: The image is not usable.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Identifies an image within the whole data set, the same on every machine: `train/cat/0001.jpg`."""
+
+    @abstractmethod
+    def subset(self, indices: Sequence[int] | Int[np.ndarray, "M"]) -> "ImageSet":
+        """The images at these indices, in their order."""
+
+
+class ArrayImages(ImageSet):
+    """Images of one size that are kept in memory."""
+
+    def __init__(self, array: UInt8[np.ndarray, "N H W 3"], labels: Int[np.ndarray, "N"], names: Sequence[str]) -> None:
+        assert len(array) == len(labels) == len(names)
+        self.array = array
+        self.labels = labels.astype(np.int64)
+        self.names = list(names)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.array[index])
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def subset(self, indices: Sequence[int] | Int[np.ndarray, "M"]) -> "ArrayImages":
+        indices = np.asarray(indices, dtype=np.int64)
+        return ArrayImages(self.array[indices], self.labels[indices], [self.names[i] for i in indices])
+
+
+class FileImages(ImageSet):
+    """Image files below a folder, opened when asked for. `files` are POSIX paths relative to `root`."""
+
+    def __init__(self, root: Path, files: Sequence[str], labels: Int[np.ndarray, "N"]) -> None:
+        assert len(files) == len(labels)
+        self.root = root
+        self.files = list(files)
+        self.labels = labels.astype(np.int64)
+
+    def image(self, index: int) -> Image.Image:
+        return open_image(self.root / self.files[index])
+
+    def name(self, index: int) -> str:
+        return self.files[index]
+
+    def subset(self, indices: Sequence[int] | Int[np.ndarray, "M"]) -> "FileImages":
+        indices = np.asarray(indices, dtype=np.int64)
+        return FileImages(self.root, [self.files[i] for i in indices], self.labels[indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData:
+    """A data set. Its splits share no image."""
+
+    name: str
+    """Name in the catalogue, or of the folder."""
+    class_names: tuple[str, ...]
+    """Name of each label."""
+    train: ImageSet
+    """What the weights are learnt from."""
+    val: ImageSet
+    """What everything else is chosen by."""
+    test: ImageSet | None
+    """What is read once, for the published number; never used to choose. `None`: the data bring none with labels."""
+    val_source: str
+    """Where `val` comes from: "given", or how it was split off."""
+
+
+def split_off_val(images: ImageSet, val_fraction: float, seed: int, *, of: str) -> tuple[ImageSet, ImageSet, str]:
+    """Divides `images` into train and val, and says so for `ImageData.val_source`; `of` names what is divided."""
+    train, val = stratified_split(images.labels, val_fraction, seed)
+    source = f"split: {100 * val_fraction:g}% of {of}, stratified, seed {seed}"
+    return images.subset(train), images.subset(val), source
+
+
+def split_names(data: ImageData) -> dict[str, list[str]]:
+    """Names of the images in each split, ready for JSON, so that a run can record what it was trained on."""
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    return {key: [images.name(i) for i in range(len(images))] if images else [] for key, images in splits.items()}

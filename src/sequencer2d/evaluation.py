@@ -1,0 +1,204 @@
+"""How good is a model? Accuracy, loss, calibration and confusions on one split of a data set."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
+
+from sequencer2d.data.catalog import ImageData, ImageSet, load_data
+from sequencer2d.data.loaders import eval_loader
+from sequencer2d.data.transforms import Preprocessing, eval_transform, normalize
+from sequencer2d.model import Sequencer2D
+from sequencer2d.weights import ModelCard, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The result on one split; fractions lie in 0…1."""
+
+    data: str
+    split: str
+    num_images: int
+    top1: float
+    top5: float | None
+    """Fraction whose class is among the five likeliest; None for fewer than six classes."""
+    loss: float
+    """Mean cross-entropy in nats."""
+    ece: float
+    """Expected calibration error over 15 bins of confidence."""
+    class_names: tuple[str, ...]
+    confusion: list[list[int]]
+    """Rows are the true classes, columns the predicted ones."""
+    per_class: list[dict[str, Any]]
+    """Name, number of images, recall and precision of each class; None where there is nothing to divide by."""
+    skipped: list[str]
+    """One message for each image that could not be read; they count nowhere."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    split: Literal["train", "val", "test"] | None = None,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluates a model file or run on a split, with the preprocessing that its training saved.
+
+    The validation split is cut from the training images just as the model's own training did it.
+
+    Args:
+        model: A model file or the folder of a run.
+        data: Data set or folder; default: what the model was trained on.
+        data_root: Where a named data set lies.
+        split: Default: test where there is one, else val.
+        batch_size: Images per step.
+        num_workers: Processes that decode images.
+        progress: Called with the number of images done and in all.
+
+    Raises:
+        FileNotFoundError, ModelFileError, ValueError: The model, the data or the split is missing, or their classes
+            differ.
+    """
+    network, card = load_model(model)
+    trained = card.training
+    if data is None and "data" not in trained:
+        raise ValueError(f"{model} does not say what it was trained on; give --data")
+    images = load_data(
+        data or trained["data"],
+        root=data_root or (trained.get("data_root") if data is None else None),
+        val_fraction=trained.get("val_fraction", 0.1),
+        seed=trained.get("seed", 0),
+    )
+    check_classes(card, images)
+    chosen = split or ("test" if images.test else "val")
+    return evaluate_images(
+        network,
+        card.preprocessing,
+        get_split(images, chosen),
+        data=images.name,
+        split=chosen,
+        class_names=card.class_names,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        progress=progress,
+    )[0]
+
+
+def get_split(data: ImageData, split: str) -> ImageSet:
+    """The images of `train`, `val` or `test`.
+
+    Raises:
+        ValueError: The data set has no such split.
+    """
+    images = {"train": data.train, "val": data.val, "test": data.test}.get(split)
+    if images is None:
+        there = "train, val" if data.test is None else "train, val, test"
+        raise ValueError(f"{data.name} has no split {split!r}; there are {there}")
+    return images
+
+
+def check_classes(card: ModelCard, data: ImageData) -> None:
+    """Raises ValueError, naming the differences, unless the model's classes are the data's, in the same order."""
+    if card.class_names == data.class_names:
+        return
+    lacking = [name for name in card.class_names if name not in data.class_names]
+    unknown = [name for name in data.class_names if name not in card.class_names]
+    details = [
+        f"{text} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for text, names in (("the data lack", lacking), ("the model does not know", unknown))
+        if names
+    ] or ["they are ordered differently"]
+    raise ValueError(
+        f"the model has {len(card.class_names)} classes and {data.name} has {len(data.class_names)}, not the same: "
+        f"{'; '.join(details)}"
+    )
+
+
+@torch.inference_mode()
+def evaluate_images(
+    model: Sequencer2D,
+    preprocessing: Preprocessing,
+    images: ImageSet,
+    *,
+    data: str,
+    split: str,
+    class_names: tuple[str, ...],
+    batch_size: int = 128,
+    num_workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Evaluation, Float[np.ndarray, "N K"]]:
+    """Evaluates on given images; also returns the probabilities of those that could be read, in order.
+
+    Raises:
+        ValueError: Not one image could be read.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    all_logits: list[Tensor] = []
+    all_labels: list[Tensor] = []
+    skipped: list[str] = []
+    done = 0
+    for batch in eval_loader(images, eval_transform(preprocessing), batch_size=batch_size, num_workers=num_workers):
+        skipped += batch.skipped
+        if len(batch.images):
+            all_logits.append(model(normalize(batch.images.to(device), preprocessing)).float().cpu())
+            all_labels.append(batch.labels)
+        done += len(batch.images) + len(batch.skipped)
+        if progress:
+            progress(done, len(images))
+    if not all_logits:
+        reason = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"{data} has no readable image in {split}{reason}")
+    logits, labels = torch.cat(all_logits), torch.cat(all_labels)
+    return _summarise(logits, labels, data, split, class_names, skipped), logits.softmax(-1).numpy()
+
+
+def _summarise(
+    logits: Float[Tensor, "N K"],
+    labels: Int64[Tensor, "N"],
+    data: str,
+    split: str,
+    class_names: tuple[str, ...],
+    skipped: list[str],
+) -> Evaluation:
+    num_classes = len(class_names)
+    confusion = multiclass_confusion_matrix(logits, labels, num_classes)
+    right, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    top5 = None
+    if num_classes > 5:
+        top5 = (logits.topk(5).indices == labels[:, None]).any(-1).double().mean().item()
+    return Evaluation(
+        data=data,
+        split=split,
+        num_images=len(labels),
+        top1=right.sum().item() / len(labels),
+        top5=top5,
+        loss=F.cross_entropy(logits, labels).item(),
+        ece=multiclass_calibration_error(logits.softmax(-1), labels, num_classes, n_bins=15).item(),
+        class_names=class_names,
+        confusion=confusion.tolist(),
+        per_class=[
+            {
+                "name": name,
+                "num_images": int(true[k]),
+                "recall": int(right[k]) / int(true[k]) if true[k] else None,
+                "precision": int(right[k]) / int(predicted[k]) if predicted[k] else None,
+            }
+            for k, name in enumerate(class_names)
+        ],
+        skipped=skipped,
+    )

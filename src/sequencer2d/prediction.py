@@ -1,0 +1,108 @@
+"""What is in these images? Top-k classes per image; a file that cannot be read is an answer with an error."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sequencer2d.data.images import IMAGE_EXTENSIONS, ImageError, open_image
+from sequencer2d.data.transforms import eval_transform, normalize
+from sequencer2d.files import write_atomic
+from sequencer2d.weights import load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The classes of one image, likeliest first, or why there are none."""
+
+    path: str
+    classes: tuple[tuple[str, float], ...] = ()
+    """Name and probability of the top-k classes."""
+    error: str | None = None
+
+
+@torch.inference_mode()
+def predict(
+    model: str | Path, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32
+) -> Iterator[Prediction]:
+    """Classifies images with the preprocessing that the model's training saved, in the order given.
+
+    Args:
+        model: A model file or the folder of a run.
+        paths: Image files, folders (all images below them, sorted), or `-` for one image on standard input.
+        top_k: Classes per image, at most all there are.
+        batch_size: Images per step.
+
+    Raises:
+        FileNotFoundError, ModelFileError: There is no such model. (Images raise nothing: see `Prediction.error`.)
+        ValueError: `top_k` or `batch_size` is below 1.
+    """
+    if top_k < 1 or batch_size < 1:
+        raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1")
+    network, card = load_model(model)
+    transform = eval_transform(card.preprocessing)
+    top_k = min(top_k, len(card.class_names))
+    files = _files(paths)
+    while chunk := list(islice(files, batch_size)):
+        images: list[np.ndarray] = []
+        errors: list[str | None] = []
+        for path in chunk:
+            try:
+                source = io.BytesIO(sys.stdin.buffer.read()) if path == "-" else path
+                images.append(transform(open_image(source)))
+                errors.append(None)
+            except ImageError as error:
+                errors.append(str(error))
+        rows: Iterator[tuple[list[float], list[int]]] = iter(())
+        if images:
+            logits = network(normalize(torch.from_numpy(np.stack(images)), card.preprocessing))
+            best = logits.float().softmax(-1).topk(top_k)
+            rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for path, error in zip(chunk, errors, strict=True):
+            if error is not None:
+                yield Prediction(path=path, error=error)
+                continue
+            probabilities, indices = next(rows)
+            names = [card.class_names[index] for index in indices]
+            yield Prediction(path=path, classes=tuple(zip(names, probabilities, strict=True)))
+
+
+def _files(paths: Iterable[str | Path]) -> Iterator[str]:
+    """Files as they are, folders as the images below them; a folder without any stays, to become an error."""
+    for path in map(str, paths):
+        below = []
+        if path != "-" and Path(path).is_dir():
+            below = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
+        yield from below or [path]
+
+
+def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
+    """Writes JSON lines or CSV, by the file's extension, atomically.
+
+    Raises:
+        ValueError: The extension is neither `.jsonl` nor `.csv`.
+    """
+    if path.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"{path} must end in .jsonl or .csv")
+    text = io.StringIO(newline="")
+    if path.suffix == ".csv":
+        writer = csv.writer(text)
+        writer.writerow(["path", "rank", "class", "probability", "error"])
+        for prediction in predictions:
+            if prediction.error is not None:
+                writer.writerow([prediction.path, "", "", "", prediction.error])
+            for rank, (name, probability) in enumerate(prediction.classes, start=1):
+                writer.writerow([prediction.path, rank, name, f"{probability:.6f}", ""])
+    else:
+        for prediction in predictions:
+            classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
+            row = {"path": prediction.path, "classes": classes, "error": prediction.error}
+            text.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_atomic(path, text.getvalue())

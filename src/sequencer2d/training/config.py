@@ -1,0 +1,202 @@
+"""What a run is: frozen, typed, validated once. Every field is an option of `sequencer2d train` and a key of a recipe.
+
+Fields that default to `None` follow from the data, the image size or the machine; `resolve` fills them in, and the
+resolved config is what a run saves. (No `slots=True`: jsonargparse reads defaults from an instance's `__dict__`.)
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+
+def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise ValueError(f"{name}={value} must lie in [{low}, {high}]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What training does to images. `None` follows the image size: what suits 224 pixels ruins 32."""
+
+    crop: Literal["random-resized", "padded"] | None = None
+    """Random-resized crop (the paper's), or a shift within a reflected border of 1/8 (small images)."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random-resized crop, as a fraction of the image."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of a random-resized crop."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    auto_augment: str | None = None
+    """timm's policy string, such as rand-m9-mstd0.5-inc1; 'none' for none."""
+    random_erasing: float | None = None
+    """Probability of filling a random rectangle with noise."""
+    mixup_alpha: float | None = None
+    """Beta parameter of mixup; 0 for none."""
+    cutmix_alpha: float | None = None
+    """Beta parameter of CutMix; 0 for none. With both, each batch takes one of them."""
+    mix_prob: float = 1.0
+    """Share of the batches that mixup or CutMix touches."""
+    label_smoothing: float = 0.1
+    """Probability mass that targets give to all classes alike. Applied once, to the (mixed) targets."""
+    interpolation: Literal["random", "bicubic", "bilinear"] = "random"
+    """How training resamples; 'random' takes bilinear or bicubic per image."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"augment.scale={self.scale} must be two fractions in (0, 1], smallest first")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"augment.ratio={self.ratio} must be two positive numbers, smallest first")
+        for name in ("hflip", "random_erasing", "mix_prob"):
+            _check_range(f"augment.{name}", getattr(self, name), 0, 1)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            _check_range(f"augment.{name}", getattr(self, name), 0, math.inf)
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"augment.label_smoothing={self.label_smoothing} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate: linear warm-up, cosine to the minimum, cool-down at the minimum; set per update."""
+
+    learning_rate: float | None = None
+    """Peak. Default: the paper's 2e-3 at 2,048 images per update, by the square root."""
+    min_learning_rate: float = 1e-6
+    """Where the cosine ends and the cool-down stays."""
+    warmup_learning_rate: float = 1e-6
+    """Where the warm-up begins."""
+    warmup_epochs: float | None = None
+    """Default: a fifteenth of the epochs (20 of 300 in the paper)."""
+    cooldown_epochs: float = 0.0
+    """Added after the epochs of the cosine."""
+    weight_decay: float = 0.05
+    """Of matrices and kernels; norms and biases are not decayed."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradient; none by default."""
+    ema_decay: float | None = None
+    """Decay per update of the averaged weights that are then evaluated and saved; none by default."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "min_learning_rate", "warmup_learning_rate", "clip_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"optim.{name}={value} must be a finite number ≥ 0")
+        for name in ("warmup_epochs", "cooldown_epochs", "weight_decay"):
+            _check_range(f"optim.{name}", getattr(self, name), 0, math.inf)
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"optim.ema_decay={self.ema_decay} must lie in (0, 1)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={self.betas} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains a Sequencer2D. Without any option: the embedded digits, on the CPU, in about a minute."""
+
+    model: str = "auto"
+    """A name from `sequencer2d models`, or auto: by the size of the images."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Changes to the architecture, such as --model-args.drop_path_rate 0.1 or --model-args.layers [2,2]."""
+    weights: str | None = None
+    """Start from this model file or run folder; a head for other classes is begun anew."""
+    data: str = "digits"
+    """digits, cifar10, cifar100, tiny-imagenet, imagenet, or a folder of images."""
+    data_root: str | None = None
+    """Where a named data set lies or is downloaded to."""
+    val_fraction: float = 0.1
+    """Part of the training images that is held out for validation where the data bring no validation set."""
+    image_size: int | None = None
+    """Side of the square that the model sees, in pixels. Default: the model's."""
+    crop_pct: float | None = None
+    """Part of the resized image's side that evaluation looks at. Default: the model's."""
+    epochs: int = 100
+    """Passes over the training images, warm-up included, cool-down not."""
+    max_minutes: float | None = None
+    """Wall-clock budget, validation included; the schedule anneals over it if the epochs would take longer."""
+    batch_size: int = 128
+    """Images per step."""
+    accumulate: int = 1
+    """Steps per update of the weights."""
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
+    backend: Literal["auto", "torch"] = "auto"
+    """Implementation of the LSTMs."""
+    seed: int = 0
+    """Of the split, the initial weights, the order and the augmentation."""
+    num_workers: int | None = None
+    """Processes that decode and augment. Default: by the size of the images and the number of cores."""
+    run_dir: str | None = None
+    """Folder of the run. Default: runs/<data>-<model>, with a number where that exists."""
+    resume: str = "auto"
+    """auto: continue the run in --run-dir if it was stopped; never: refuse a folder that is in use; or a checkpoint."""
+    log_every: int = 10
+    """Updates between two rows of metrics."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size={self.image_size} must be at least 1")
+        if self.max_minutes is not None and not 0 < self.max_minutes < math.inf:
+            raise ValueError(f"max_minutes={self.max_minutes} must be positive")
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct={self.crop_pct} must lie in (0, 1]")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction={self.val_fraction} must lie in (0, 1)")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"num_workers={self.num_workers} must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        warmup_epochs = self.optim.warmup_epochs or 0
+        if warmup_epochs > self.epochs:
+            raise ValueError(f"optim.warmup_epochs={warmup_epochs} is longer than epochs={self.epochs}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for YAML and JSON."""
+        return _plain(asdict(self))
+
+
+SMALL_IMAGE_SIZE = 96
+"""Up to this side in pixels images count as small: gentle augmentation, decoded once and kept in memory."""
+
+
+def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float) -> TrainConfig:
+    """Fills in every `None` that follows from the model, the image size, the schedule and the machine."""
+    small = image_size <= SMALL_IMAGE_SIZE
+    augment, optim = config.augment, config.optim
+    images_per_update = config.batch_size * config.accumulate
+    return replace(
+        config,
+        model=model,
+        image_size=image_size,
+        crop_pct=crop_pct,
+        augment=replace(
+            augment,
+            crop=_default(augment.crop, "padded" if small else "random-resized"),
+            auto_augment=_default(augment.auto_augment, "none" if small else "rand-m9-mstd0.5-inc1"),
+            random_erasing=_default(augment.random_erasing, 0.0 if small else 0.25),
+            mixup_alpha=_default(augment.mixup_alpha, 0.0 if small else 0.8),
+            cutmix_alpha=_default(augment.cutmix_alpha, 0.0 if small else 1.0),
+        ),
+        optim=replace(
+            optim,
+            learning_rate=_default(optim.learning_rate, 2e-3 * math.sqrt(images_per_update / 2048)),
+            warmup_epochs=_default(optim.warmup_epochs, config.epochs / 15),
+        ),
+        num_workers=_default(config.num_workers, 0 if small else max(1, (os.cpu_count() or 1) - 1)),
+    )
+
+
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

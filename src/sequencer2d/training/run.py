@@ -1,0 +1,361 @@
+"""A run from config to report: data, model, training, final evaluation, and the folder that holds it all."""
+
+import itertools
+import json
+import logging
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import yaml
+from PIL import Image
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from sequencer2d.data.catalog import ImageData, load_data, split_names
+from sequencer2d.data.images import ImageError
+from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
+from sequencer2d.data.transforms import Preprocessing, eval_transform, train_transform
+from sequencer2d.evaluation import Evaluation, evaluate_images, get_split
+from sequencer2d.files import write_atomic
+from sequencer2d.training.callbacks import (
+    AtomicCheckpointIO,
+    JsonLinesLogger,
+    KeepBest,
+    StopOnSignal,
+    StopRequested,
+    TrainingProgress,
+)
+from sequencer2d.training.config import SMALL_IMAGE_SIZE, TrainConfig, resolve
+from sequencer2d.training.machine import choose_precision, describe_machine, tune_allocator
+from sequencer2d.training.recipes import config_from_yaml
+from sequencer2d.training.task import SequencerTask
+from sequencer2d.visualize.report import Sample, write_report
+from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
+from sequencer2d.zoo import create_model, get_variant
+
+log = logging.getLogger("sequencer2d")
+
+_LIGHTNING_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_MAY_CHANGE = {"run_dir", "resume", "num_workers", "log_every", "data_root"}
+"""Fields that a continued run may have otherwise than the stopped one."""
+_NUM_SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where a run lies and how it went; also `result.json` of its folder once it is finished."""
+
+    run_dir: Path
+    finished: bool
+    """False if it was asked to stop; train with the same options again to continue."""
+    updates: int
+    minutes: float
+    """Wall-clock of the training, validation included, data loading and final evaluation not."""
+    val_top1: float | None = None
+    """Best accuracy on the validation images, by which the saved weights were chosen."""
+    evaluation: Evaluation | None = None
+    """Of the saved weights, on test images if there are such, else on the validation images."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains by a config and leaves a run folder: config, split, metrics, checkpoint, model file and report.
+
+    Raises:
+        ValueError, FileNotFoundError: The config, the data or the starting weights are unusable; nothing was written.
+        TrainingError: The loss is no longer a number.
+        OSError: The run folder cannot be written to.
+    """
+    tune_allocator()
+    torch.set_flush_denormal(True)
+    resumed_run = None if config.resume in ("auto", "never") else _run_of(Path(config.resume))
+    if resumed_run:
+        config = _load_config(resumed_run)
+    data = load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed)
+    if len(data.train) < 2:
+        raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
+    config = _resolve(config, data)
+    run_dir = resumed_run or _choose_run_dir(config)
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    if (run_dir / "result.json").exists():
+        raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
+    run = _Run(config=config, run_dir=run_dir, data=data, preprocessing=_preprocessing(config))
+    model = run.create_model()
+    precision, reason = choose_precision(config.precision)
+    log.info("precision %s: %s", precision, reason)
+    run.write_description()
+    task, stopped = _fit(run, model, precision, checkpoint)
+    result = TrainResult(
+        run_dir=run_dir, finished=not stopped, updates=task.global_step, minutes=task.clock.elapsed_s / 60
+    )
+    return result if stopped else _finish(run, task, result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the phases of a run share."""
+
+    config: TrainConfig
+    run_dir: Path
+    data: ImageData
+    preprocessing: Preprocessing
+
+    def create_model(self) -> Any:
+        pl.seed_everything(self.config.seed, verbose=False)
+        model = create_model(self.config.model, **{"num_classes": len(self.data.class_names), **self.config.model_args})
+        if model.config.num_classes != len(self.data.class_names):
+            raise ValueError(
+                f"model_args.num_classes={model.config.num_classes}, but {self.data.name} has "
+                f"{len(self.data.class_names)} classes; leave it out"
+            )
+        if model.config.in_chans != 3:
+            raise ValueError(f"model_args.in_chans={model.config.in_chans}, but images are read as RGB; leave it out")
+        if self.config.weights:
+            fresh = load_weights_into(model, self.config.weights, self.data.class_names)
+            log.info("weights from %s; begun anew: %s", self.config.weights, ", ".join(fresh) or "nothing")
+        return model
+
+    def write_description(self) -> None:
+        (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomic(self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+        write_atomic(self.run_dir / "split.json", json.dumps(split_names(self.data)))
+        write_atomic(self.run_dir / "environment.json", json.dumps(describe_machine(), indent=2))
+
+    def card(self, model: Any, results: dict[str, Any]) -> ModelCard:
+        origin = {name: getattr(self.config, name) for name in ("data", "data_root", "val_fraction", "seed")}
+        return ModelCard(
+            architecture=self.config.model,
+            config=model.config,
+            class_names=self.data.class_names,
+            preprocessing=self.preprocessing,
+            training={**origin, **results},
+        )
+
+
+def _resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
+    name = config.model if config.model != "auto" else _default_model(data)
+    variant = get_variant(name)
+    image_size = config.image_size or variant.image_size
+    small = image_size <= SMALL_IMAGE_SIZE
+    crop_pct = config.crop_pct or (1.0 if small else variant.crop_pct)
+    return resolve(config, model=name, image_size=image_size, crop_pct=crop_pct)
+
+
+def _default_model(data: ImageData) -> str:
+    """The variant for the size of the first readable image."""
+    for index in range(min(len(data.train), 100)):
+        try:
+            side = max(data.train.image(index).size)
+        except ImageError:
+            continue
+        return next(name for limit, name in _MODEL_BY_SIDE if side <= limit)
+    raise ValueError(f"none of the first 100 training images of {data.name} can be read; check the folder")
+
+
+_MODEL_BY_SIDE: list[tuple[float, str]] = [
+    (12, "sequencer2d_t_patch2_16"),
+    (48, "sequencer2d_t_patch4_32"),
+    (SMALL_IMAGE_SIZE, "sequencer2d_t_patch4_64"),
+    (float("inf"), "sequencer2d_s"),
+]
+
+
+def _preprocessing(config: TrainConfig) -> Preprocessing:
+    assert config.image_size is not None
+    assert config.crop_pct is not None
+    return Preprocessing(image_size=config.image_size, crop_pct=config.crop_pct)
+
+
+def _choose_run_dir(config: TrainConfig) -> Path:
+    """The folder asked for, a stopped run of the same config to continue, or a new name."""
+    if config.run_dir is not None:
+        run_dir = Path(config.run_dir)
+        if run_dir.exists() and not run_dir.is_dir():
+            raise ValueError(f"run_dir={run_dir} is a file; give a folder")
+        if (run_dir / "config.yaml").exists() and not (run_dir / "result.json").exists():
+            changed = _changed_fields(_load_config(run_dir), config)
+            if config.resume == "never" or changed:
+                why = f"of another config ({', '.join(changed)})" if changed else "and --resume is never"
+                raise ValueError(f"{run_dir} holds an unfinished run {why}; give another --run-dir")
+        return run_dir
+    stem = f"runs/{Path(config.data).name}-{config.model}"
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    for run_dir in map(Path, names):
+        if not run_dir.exists():
+            return run_dir
+        stopped = (run_dir / "checkpoints" / "last.ckpt").exists() and not (run_dir / "result.json").exists()
+        if config.resume == "auto" and stopped and not _changed_fields(_load_config(run_dir), config):
+            return run_dir
+    raise AssertionError("names do not end")
+
+
+def _run_of(path: Path) -> Path:
+    """The run folder of a folder or checkpoint given to --resume."""
+    run_dir = path.parent.parent if path.is_file() else path
+    if not (run_dir / "config.yaml").is_file():
+        raise FileNotFoundError(f"{path} is no run to resume: {run_dir / 'config.yaml'} is missing")
+    return run_dir
+
+
+def _load_config(run_dir: Path) -> TrainConfig:
+    return config_from_yaml(run_dir / "config.yaml")
+
+
+def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
+    before, after = saved.to_dict(), now.to_dict()
+    return [name for name in before if name not in _MAY_CHANGE and before[name] != after[name]]
+
+
+def _fit(run: _Run, model: Any, precision: str, checkpoint: Path) -> tuple[SequencerTask, bool]:
+    """Trains to the end, or until asked to stop; the checkpoint that is there is continued."""
+    config, data = run.config, run.data
+    small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
+    train_images, val_images = (CachedImages(images) if small else images for images in (data.train, data.val))
+    workers = config.num_workers or 0
+    train_loader = TrainLoader(
+        train_images,
+        train_transform(config.augment, run.preprocessing),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        num_workers=workers,
+    )
+    val_loader = eval_loader(
+        val_images, eval_transform(run.preprocessing), batch_size=config.batch_size, num_workers=workers
+    )
+    task = SequencerTask(model, config, run.preprocessing, len(train_loader))
+
+    def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
+        results = {
+            "val_top1": metrics["valid_acc"],
+            "epoch": int(metrics["epoch"]),
+            "updates": int(metrics["updates"]),
+            "minutes": task.clock.elapsed_s / 60,
+        }
+        best = task.evaluated_model
+        save_model(best, run.card(best, results), run.run_dir / "model.safetensors")
+
+    metrics_file = JsonLinesLogger(run.run_dir / "metrics.jsonl")
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
+        metrics_file.forget_after(saved["global_step"])
+        log.info("continuing %s after %d updates", run.run_dir, saved["global_step"])
+    else:
+        metrics_file.path.unlink(missing_ok=True)
+    with warnings.catch_warnings():
+        _ignore_lightning_advice()
+        trainer = pl.Trainer(
+            accelerator="auto",
+            devices=1,
+            precision=_LIGHTNING_PRECISION[precision],
+            max_epochs=-1,
+            max_steps=task.clock.total_updates,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.optim.clip_grad_norm,
+            num_sanity_val_steps=0,
+            log_every_n_steps=config.log_every,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard")],
+            plugins=[AtomicCheckpointIO()],
+            callbacks=[TrainingProgress(), StopOnSignal(checkpoint), KeepBest(checkpoint, save_best)],
+        )
+        try:
+            trainer.fit(
+                task,
+                train_loader,
+                val_loader,
+                ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+                weights_only=True,
+            )
+        except StopRequested:
+            return task, True
+    return task, False
+
+
+def _ignore_lightning_advice() -> None:
+    """Lightning's hints on choices that are made on purpose here."""
+    for message in (".*does not have many workers.*", ".*GPU available but not used.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
+    """Evaluates the best weights once, and writes model file, samples, report and result."""
+    path = run.run_dir / "model.safetensors"
+    model, card = load_model(path)
+    split = "test" if run.data.test else "val"
+    images = get_split(run.data, split)
+    names = {"data": run.data.name, "split": split, "class_names": card.class_names}
+    evaluation, probabilities = evaluate_images(model, run.preprocessing, images, **names)
+    for message in evaluation.skipped:
+        task.skipped[message] = None
+    scores = {f"{split}_top1": evaluation.top1, f"{split}_loss": evaluation.loss}
+    save_model(model, replace(card, training={**card.training, **scores}), path)
+    result = replace(result, val_top1=card.training["val_top1"], evaluation=evaluation)
+    samples = [] if evaluation.skipped else _samples(run, images, probabilities)
+    _write_samples(run.run_dir / "samples", samples)
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    write_report(
+        run.run_dir / "report.html",
+        title=run.run_dir.name,
+        summary=_summary(run, model, result, evaluation),
+        metrics=[{name: value for name, value in row.items() if value is not None} for row in rows],
+        evaluation=evaluation.to_dict(),
+        samples=samples,
+        skipped=list(task.skipped),
+        config=yaml.safe_dump(run.config.to_dict(), sort_keys=False),
+        environment=describe_machine(),
+    )
+    write_atomic(
+        run.run_dir / "result.json",
+        json.dumps({**asdict(result), "run_dir": str(result.run_dir), "skipped": list(task.skipped)}, indent=2),
+    )
+    return result
+
+
+def _summary(run: _Run, model: Any, result: TrainResult, evaluation: Evaluation) -> dict[str, str]:
+    of = "test images" if evaluation.split == "test" else "validation images, by which the epoch was chosen"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    machine = describe_machine()
+    return {
+        "Top-1 accuracy": f"{evaluation.top1:.2%} of {evaluation.num_images:,} {of}",
+        "Validation accuracy": f"{result.val_top1:.2%} (best epoch)",
+        "Data": f"{run.data.name}, {len(run.data.train):,} training images, {len(run.data.class_names)} classes",
+        "Model": f"{run.config.model}, {parameters / 1e6:.2f} M parameters, {run.preprocessing.image_size} pixels",
+        "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
+        "Machine": f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads",
+    }
+
+
+def _samples(run: _Run, images: Any, probabilities: np.ndarray) -> list[Sample]:
+    """Wrong and right answers half and half where there are so many, drawn with the run's seed."""
+    names = run.data.class_names
+    right = probabilities.argmax(1) == images.labels
+    generator = np.random.default_rng(run.config.seed)
+    wrong_ones, right_ones = (generator.permutation(np.flatnonzero(chosen)) for chosen in (~right, right))
+    wrong_ones = wrong_ones[: max(_NUM_SAMPLES // 2, _NUM_SAMPLES - len(right_ones))]
+    samples = []
+    for index in [*wrong_ones, *right_ones[: _NUM_SAMPLES - len(wrong_ones)]]:
+        best = np.argsort(-probabilities[index])[:3]
+        image = images.image(int(index))
+        image.thumbnail((256, 256), Image.Resampling.LANCZOS)
+        samples.append(
+            Sample(
+                image=np.asarray(image),
+                name=images.name(int(index)),
+                label=names[images.labels[index]],
+                predictions=tuple((names[k], float(probabilities[index, k])) for k in best),
+            )
+        )
+    return samples
+
+
+def _write_samples(folder: Path, samples: list[Sample]) -> None:
+    """The sample images as files, so that `predict` can be tried on them at once."""
+    folder.mkdir(exist_ok=True)
+    for number, sample in enumerate(samples):
+        label = "".join(character if character.isalnum() else "_" for character in sample.label)
+        Image.fromarray(sample.image).save(folder / f"{number:02d}-{label}.png")

@@ -1,0 +1,177 @@
+"""The verbs of the command line: options in, calls of the library's functions, tables out."""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from sequencer2d.cli import DONE, PROBLEM, STOPPED
+from sequencer2d.files import write_atomic
+
+
+class VerbParser(ArgumentParser):
+    """Options are written with hyphens; errors are one line and exit with 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"{self.prog}: {' '.join(message.split())} (options: {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
+        return super().parse_args([_underscored(argument) for argument in args], **kwargs)
+
+    def format_help(self) -> str:
+        return re.sub(r"--[a-z][\w.]*", lambda option: option[0].replace("_", "-"), super().format_help())
+
+
+def _underscored(argument: str) -> str:
+    """`--optim.learning-rate=1e-3` as jsonargparse wants it: `--optim.learning_rate=1e-3`."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument.partition("=")
+    return f"--{option[2:].replace('-', '_')}{equals}{value}"
+
+
+def train(arguments: list[str]) -> int:
+    """`sequencer2d train`"""
+    from sequencer2d.training.machine import tune_allocator
+    from sequencer2d.training.recipes import add_config_options, find_recipe
+
+    tune_allocator()  # before torch is imported
+    parser = VerbParser("sequencer2d train", description="Train a Sequencer2D; without options: the embedded digits.")
+    add_config_options(parser)
+    if not any(argument.startswith(("--config", "--data", "--resume")) for argument in arguments):
+        arguments = ["--config", "digits", *arguments]
+    for position, argument in enumerate(arguments):
+        if argument == "--config" and position + 1 < len(arguments):
+            arguments[position + 1] = str(find_recipe(arguments[position + 1]))
+        elif argument.startswith("--config="):
+            arguments[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
+    options = parser.parse_args(arguments)
+    del options["config"]
+    from sequencer2d.training.config import TrainConfig
+
+    config = TrainConfig(**parser.instantiate(options).as_dict())
+    from sequencer2d.training.run import train as run_training
+
+    _log_to_screen()
+    result = run_training(config)
+    if not result.finished:
+        again = f"sequencer2d train --resume {result.run_dir}"
+        print(f"stopped after {result.updates:,} updates; continue with: {again}", file=sys.stderr)
+        return STOPPED
+    assert result.evaluation is not None
+    print(f"best validation accuracy {result.val_top1:.2%}, {result.minutes:.1f} minutes, {result.updates:,} updates")
+    if result.evaluation.split == "test":
+        print(f"test accuracy {result.evaluation.top1:.2%} of {result.evaluation.num_images:,} images")
+    print(f"model  {result.run_dir / 'model.safetensors'}")
+    print(f"report {result.run_dir / 'report.html'}")
+    return DONE
+
+
+def evaluate(arguments: list[str]) -> int:
+    """`sequencer2d evaluate`"""
+    from sequencer2d.evaluation import evaluate as run_evaluation
+
+    parser = VerbParser("sequencer2d evaluate", description="Evaluate a model on one split of a data set.")
+    parser.add_function_arguments(run_evaluation, as_positional=True, skip={"progress"})
+    parser.add_argument("--json", type=str | None, default=None, help="file to write everything to, as JSON")
+    options = parser.parse_args(arguments).as_dict()
+    json_file = options.pop("json")
+    result = run_evaluation(**options)
+    if json_file:
+        write_atomic(Path(json_file), json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+    console = Console()
+    table = Table("class", "images", "recall", "precision", title=f"{result.data}, {result.split}")
+    for row in result.per_class:
+        table.add_row(row["name"], f"{row['num_images']:,}", _percent(row["recall"]), _percent(row["precision"]))
+    console.print(table)
+    console.print(
+        f"top-1 {result.top1:.2%}, top-5 {_percent(result.top5)}, loss {result.loss:.4f}, "
+        f"calibration error {result.ece:.4f}, {result.num_images:,} images"
+    )
+    for message in result.skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    return PROBLEM if result.skipped else DONE
+
+
+def predict(arguments: list[str]) -> int:
+    """`sequencer2d predict`"""
+    from sequencer2d.prediction import predict as run_prediction
+    from sequencer2d.prediction import write_predictions
+
+    parser = VerbParser("sequencer2d predict", description="Print the likeliest classes of images.")
+    parser.add_argument("model", help="model file or folder of a run")
+    parser.add_argument("paths", nargs="+", help="image files, folders, or - for an image on standard input")
+    parser.add_argument("--top-k", type=int, default=5, help="classes per image")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per step")
+    parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl or .csv")
+    options = parser.parse_args(arguments)
+    failed = 0
+
+    def printed():  # noqa: ANN202
+        nonlocal failed
+        for prediction in run_prediction(
+            options.model, options.paths, top_k=options.top_k, batch_size=options.batch_size
+        ):
+            failed += prediction.error is not None
+            classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
+            print(prediction.error and f"error: {prediction.error}" or f"{prediction.path}: {classes}", flush=True)
+            yield prediction
+
+    if options.output:
+        write_predictions(printed(), Path(options.output))
+    else:
+        for _ in printed():
+            pass
+    return PROBLEM if failed else DONE
+
+
+def models(arguments: list[str]) -> int:
+    """`sequencer2d models`"""
+    from sequencer2d.zoo import VARIANTS, create_model, list_models
+
+    parser = VerbParser("sequencer2d models", description="List the variants.")
+    parser.add_argument("contains", nargs="?", default="", help="only names that contain this text")
+    options = parser.parse_args(arguments)
+    table = Table("name", "parameters", "image", "tokens of the stages", "layers", "channels", "from")
+    for name in list_models(options.contains):
+        variant = VARIANTS[name]
+        parameters = sum(parameter.numel() for parameter in create_model(name).parameters())
+        sides = []
+        side = variant.image_size
+        for patch_size in variant.config.patch_sizes:
+            side = -(-side // patch_size)
+            sides.append(f"{side}²")
+        table.add_row(
+            name,
+            f"{parameters / 1e6:.2f} M",
+            f"{variant.image_size}²",
+            " ".join(sides),
+            "-".join(map(str, variant.config.layers)),
+            "-".join(map(str, variant.config.embed_dims)),
+            variant.source,
+        )
+    Console().print(table)
+    return DONE
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{fraction:.2%}"
+
+
+def _log_to_screen() -> None:
+    """Our own messages, without time and level, on standard error; Lightning's only from warnings on."""
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
+    logger = logging.getLogger("sequencer2d")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
