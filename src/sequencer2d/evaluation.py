@@ -128,6 +128,15 @@ def check_classes(card: ModelCard, data: ImageData) -> None:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a model said of each image that could be read."""
+
+    probabilities: Float[np.ndarray, "N K"]
+    indices: Int64[np.ndarray, "N"]
+    """Of the images in their `ImageSet`."""
+
+
 @torch.inference_mode()
 def evaluate_images(
     model: Sequencer2D,
@@ -140,8 +149,8 @@ def evaluate_images(
     batch_size: int = 128,
     num_workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[Evaluation, Float[np.ndarray, "N K"]]:
-    """Evaluates on given images; also returns the probabilities of those that could be read, in order.
+) -> tuple[Evaluation, Answers]:
+    """Evaluates on given images; also returns what the model said of each.
 
     Raises:
         ValueError: Not one image could be read.
@@ -150,6 +159,7 @@ def evaluate_images(
     device = next(model.parameters()).device
     all_logits: list[Tensor] = []
     all_labels: list[Tensor] = []
+    all_indices: list[Tensor] = []
     skipped: list[str] = []
     done = 0
     for batch in eval_loader(images, eval_transform(preprocessing), batch_size=batch_size, num_workers=num_workers):
@@ -157,6 +167,7 @@ def evaluate_images(
         if len(batch.images):
             all_logits.append(model(normalize(batch.images.to(device), preprocessing)).float().cpu())
             all_labels.append(batch.labels)
+            all_indices.append(batch.indices)
         done += len(batch.images) + len(batch.skipped)
         if progress:
             progress(done, len(images))
@@ -164,7 +175,8 @@ def evaluate_images(
         reason = f"; the first: {skipped[0]}" if skipped else ""
         raise ValueError(f"{data} has no readable image in {split}{reason}")
     logits, labels = torch.cat(all_logits), torch.cat(all_labels)
-    return _summarise(logits, labels, data, split, class_names, skipped), logits.softmax(-1).numpy()
+    answers = Answers(probabilities=logits.softmax(-1).numpy(), indices=torch.cat(all_indices).numpy())
+    return _summarise(logits, labels, data, split, class_names, skipped), answers
 
 
 def _summarise(

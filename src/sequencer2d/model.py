@@ -55,6 +55,8 @@ class SequencerConfig:
         for name in ("drop_rate", "proj_drop_rate", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if min(self.stem_widths, default=1) <= 0:
+            raise ValueError(f"stem_widths={self.stem_widths} must be positive")
         if self.stem_widths and 2 ** len(self.stem_widths) != self.patch_sizes[0]:
             raise ValueError(
                 f"stem_widths={self.stem_widths} halves {len(self.stem_widths)} times, "
@@ -114,7 +116,7 @@ class Sequencer2D(nn.Module):
 
     @staticmethod
     def _stages(config: SequencerConfig) -> Iterator[Stage]:
-        drop_paths = iter(torch.linspace(0, config.drop_path_rate, sum(config.layers)).tolist())
+        drop_paths = iter(torch.linspace(0, config.drop_path_rate, sum(config.layers), device="cpu").tolist())
         previous_dim = config.embed_dims[0]
         for i, dim in enumerate(config.embed_dims):
             downsample = Downsample2D(previous_dim, dim, config.patch_sizes[i]) if i else nn.Identity()
@@ -158,6 +160,8 @@ class Sequencer2D(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
+            elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+                module.reset_parameters()
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""

@@ -71,6 +71,8 @@ def train(arguments: list[str]) -> int:
     print(f"best validation accuracy {result.val_top1:.2%}, {result.minutes:.1f} minutes, {result.updates:,} updates")
     if result.evaluation.split == "test":
         print(f"test accuracy {result.evaluation.top1:.2%} of {result.evaluation.num_images:,} images")
+    if result.skipped:
+        print(f"{len(result.skipped)} images could not be read; result.json and the report name them")
     print(f"model  {result.run_dir / 'model.safetensors'}")
     print(f"report {result.run_dir / 'report.html'}")
     return DONE
@@ -110,8 +112,8 @@ def predict(arguments: list[str]) -> int:
     parser = VerbParser("sequencer2d predict", description="Print the likeliest classes of images.")
     parser.add_argument("model", help="model file or folder of a run")
     parser.add_argument("paths", nargs="+", help="image files, folders, or - for an image on standard input")
-    parser.add_argument("--top-k", type=int, default=5, help="classes per image")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per step")
+    parser.add_argument("--top_k", type=int, default=5, help="classes per image")
+    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
     parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl or .csv")
     options = parser.parse_args(arguments)
     failed = 0

@@ -95,7 +95,7 @@ def load_model(source: str | Path) -> tuple[Sequencer2D, ModelCard]:
         card = ModelCard.from_metadata(metadata)
         model = Sequencer2D(card.config)
         model.load_state_dict(tensors)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         first_line = str(error).splitlines()[0]
         raise ModelFileError(f"{path} does not fit its own description: {first_line}") from error
     return model.eval(), card
@@ -131,6 +131,12 @@ def load_weights_into(model: nn.Module, source: str | Path, class_names: tuple[s
     if card.class_names != class_names:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     own = model.state_dict()
+    extra = [name for name in tensors if name not in own]
+    if extra:
+        raise ModelFileError(
+            f"{source} is a {card.architecture} with {extra[0]}, which the model lacks; "
+            "train the same --model and --model-args"
+        )
     for name, tensor in own.items():
         given = tensors.get(name)
         if given is None and name.startswith("head."):

@@ -34,12 +34,28 @@ def _small(image_size: int, config: SequencerConfig) -> Variant:
     return Variant(config=config, image_size=image_size, crop_pct=1.0, source="ours, small images")
 
 
-_PLAIN_TINY = SequencerConfig(
+_TINY = SequencerConfig(
     layers=(2, 3),
     patch_sizes=(2, 2),
     embed_dims=(96, 192),
     hidden_sizes=(24, 48),
     mlp_ratios=(3.0, 3.0),
+)
+_CONV_TINY = SequencerConfig(
+    layers=(3, 2),
+    patch_sizes=(4, 2),
+    embed_dims=(128, 256),
+    hidden_sizes=(32, 64),
+    mlp_ratios=(2.0, 2.0),
+    stem_widths=(32, 128),
+)
+_CONV_PICO = SequencerConfig(
+    layers=(2, 1),
+    patch_sizes=(2, 2),
+    embed_dims=(64, 96),
+    hidden_sizes=(16, 24),
+    mlp_ratios=(2.0, 2.0),
+    stem_widths=(64,),
 )
 
 VARIANTS: dict[str, Variant] = {
@@ -47,10 +63,14 @@ VARIANTS: dict[str, Variant] = {
     "sequencer2d_m": _paper(4, 3, 14, 3),
     "sequencer2d_l": _paper(8, 8, 16, 4),
     "sequencer2d_xs": _paper(2, 2, 4, 3, source="the student's notebook"),
-    "sequencer2d_t_patch2_16": _small(16, _PLAIN_TINY),
-    "sequencer2d_t_patch2_32": _small(32, _PLAIN_TINY),
-    "sequencer2d_t_patch4_32": _small(32, replace(_PLAIN_TINY, patch_sizes=(4, 1))),
-    "sequencer2d_t_patch4_64": _small(64, replace(_PLAIN_TINY, patch_sizes=(4, 2))),
+    # Small images: 8 to 16 tokens a side, so that the LSTMs have a sequence to run over.
+    "sequencer2d_t_patch2_32": _small(32, _TINY),
+    "sequencer2d_t_patch4_32": _small(32, replace(_TINY, patch_sizes=(4, 1))),
+    "sequencer2d_t_patch4_64": _small(64, replace(_TINY, patch_sizes=(4, 2))),
+    # The same with an overlapping convolutional stem, which learns from fewer images.
+    "sequencer2d_conv_p_patch2_16": _small(16, _CONV_PICO),
+    "sequencer2d_conv_t_patch4_32": _small(32, _CONV_TINY),
+    "sequencer2d_conv_t_patch4_64": _small(64, _CONV_TINY),
 }
 
 

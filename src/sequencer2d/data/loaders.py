@@ -29,6 +29,8 @@ class Batch(NamedTuple):
 
     images: UInt8[Tensor, "B H W C"]
     labels: Int64[Tensor, "B"]
+    indices: Int64[Tensor, "B"]
+    """Of the images in their `ImageSet`."""
     skipped: list[str]
     """One message for each image of the batch that could not be read and is therefore missing from it."""
 
@@ -45,6 +47,11 @@ class ShuffledBatches(Sampler[list[Key]]):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    @property
+    def sampler(self) -> "ShuffledBatches":
+        """Itself: of a batch sampler, Lightning calls `sampler.set_epoch`."""
+        return self
 
     def __len__(self) -> int:
         return self.num_images // self.batch_size
@@ -86,7 +93,7 @@ class TrainLoader(DataLoader[Batch]):
         return {"batch": self.position % len(self)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.batches.first_batch = state["batch"]
+        self.batches.first_batch = self.position = state["batch"]
 
 
 def eval_loader(
@@ -102,7 +109,15 @@ def eval_loader(
     )
 
 
-class TransformedImages(Dataset["tuple[UInt8[np.ndarray, 'H W C'], int] | str"]):
+class Sample(NamedTuple):
+    """An image on its way into a batch."""
+
+    image: UInt8[np.ndarray, "H W C"]
+    label: int
+    index: int
+
+
+class TransformedImages(Dataset[Sample | str]):
     """Decodes and transforms one image, or says why it cannot."""
 
     def __init__(self, images: ImageSet, transform: ImageTransform) -> None:
@@ -112,22 +127,26 @@ class TransformedImages(Dataset["tuple[UInt8[np.ndarray, 'H W C'], int] | str"])
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[UInt8[np.ndarray, "H W C"], int] | str:
+    def __getitem__(self, key: Key) -> Sample | str:
         index, seed = key
         seed_generators(seed)
         try:
             image = self.images.image(index)
         except ImageError as error:
             return str(error)
-        return self.transform(image), int(self.images.labels[index])
+        return Sample(self.transform(image), int(self.images.labels[index]), index)
 
 
-def collate(samples: list[tuple[UInt8[np.ndarray, "H W C"], int] | str]) -> Batch:
+def collate(samples: list[Sample | str]) -> Batch:
     """Stacks what could be read. A batch of which nothing could be read has 0 images."""
     good = [sample for sample in samples if not isinstance(sample, str)]
-    images = torch.from_numpy(np.stack([image for image, _ in good])) if good else torch.zeros(0, 1, 1, 3).byte()
-    labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return Batch(images, labels, [sample for sample in samples if isinstance(sample, str)])
+    images = np.stack([sample.image for sample in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
+    return Batch(
+        torch.from_numpy(images),
+        torch.tensor([sample.label for sample in good], dtype=torch.int64),
+        torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        [sample for sample in samples if isinstance(sample, str)],
+    )
 
 
 class CachedImages(ImageSet):

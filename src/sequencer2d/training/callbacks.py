@@ -82,7 +82,7 @@ class KeepBest(pl.Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if metrics.get("valid_acc", 0.0) > self.best:
             self.best = metrics.get("valid_acc", 0.0)
-            self.save_best(pl_module, {**metrics, "epoch": trainer.current_epoch + 1, "updates": trainer.global_step})
+            self.save_best(pl_module, {**metrics, "updates": trainer.global_step})
         trainer.save_checkpoint(self.checkpoint)
 
     def state_dict(self) -> dict[str, Any]:

@@ -15,12 +15,13 @@ import yaml
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from sequencer2d.data.catalog import ImageData, load_data, split_names
+from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
 from sequencer2d.data.transforms import Preprocessing, eval_transform, train_transform
-from sequencer2d.evaluation import Evaluation, evaluate_images, get_split
+from sequencer2d.evaluation import Answers, Evaluation, evaluate_images, get_split
 from sequencer2d.files import write_atomic
+from sequencer2d.model import Sequencer2D
 from sequencer2d.training.callbacks import (
     AtomicCheckpointIO,
     JsonLinesLogger,
@@ -42,7 +43,7 @@ log = logging.getLogger("sequencer2d")
 _LIGHTNING_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _MAY_CHANGE = {"run_dir", "resume", "num_workers", "log_every", "data_root"}
 """Fields that a continued run may have otherwise than the stopped one."""
-_NUM_SAMPLES = 16
+_NUM_SAMPLES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,8 @@ class TrainResult:
     """Best accuracy on the validation images, by which the saved weights were chosen."""
     evaluation: Evaluation | None = None
     """Of the saved weights, on test images if there are such, else on the validation images."""
+    skipped: tuple[str, ...] = ()
+    """One message for each image that could not be read."""
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -103,7 +106,7 @@ class _Run:
     data: ImageData
     preprocessing: Preprocessing
 
-    def create_model(self) -> Any:
+    def create_model(self) -> Sequencer2D:
         pl.seed_everything(self.config.seed, verbose=False)
         model = create_model(self.config.model, **{"num_classes": len(self.data.class_names), **self.config.model_args})
         if model.config.num_classes != len(self.data.class_names):
@@ -124,7 +127,7 @@ class _Run:
         write_atomic(self.run_dir / "split.json", json.dumps(split_names(self.data)))
         write_atomic(self.run_dir / "environment.json", json.dumps(describe_machine(), indent=2))
 
-    def card(self, model: Any, results: dict[str, Any]) -> ModelCard:
+    def card(self, model: Sequencer2D, results: dict[str, Any]) -> ModelCard:
         origin = {name: getattr(self.config, name) for name in ("data", "data_root", "val_fraction", "seed")}
         return ModelCard(
             architecture=self.config.model,
@@ -156,9 +159,9 @@ def _default_model(data: ImageData) -> str:
 
 
 _MODEL_BY_SIDE: list[tuple[float, str]] = [
-    (12, "sequencer2d_t_patch2_16"),
-    (48, "sequencer2d_t_patch4_32"),
-    (SMALL_IMAGE_SIZE, "sequencer2d_t_patch4_64"),
+    (20, "sequencer2d_conv_p_patch2_16"),
+    (48, "sequencer2d_conv_t_patch4_32"),
+    (SMALL_IMAGE_SIZE, "sequencer2d_conv_t_patch4_64"),
     (float("inf"), "sequencer2d_s"),
 ]
 
@@ -209,7 +212,7 @@ def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
     return [name for name in before if name not in _MAY_CHANGE and before[name] != after[name]]
 
 
-def _fit(run: _Run, model: Any, precision: str, checkpoint: Path) -> tuple[SequencerTask, bool]:
+def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop; the checkpoint that is there is continued."""
     config, data = run.config, run.data
     small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
@@ -230,7 +233,7 @@ def _fit(run: _Run, model: Any, precision: str, checkpoint: Path) -> tuple[Seque
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
         results = {
             "val_top1": metrics["valid_acc"],
-            "epoch": int(metrics["epoch"]),
+            "epochs": round(metrics["epoch"], 3),
             "updates": int(metrics["updates"]),
             "minutes": task.clock.elapsed_s / 60,
         }
@@ -255,7 +258,7 @@ def _fit(run: _Run, model: Any, precision: str, checkpoint: Path) -> tuple[Seque
             accumulate_grad_batches=config.accumulate,
             gradient_clip_val=config.optim.clip_grad_norm,
             num_sanity_val_steps=0,
-            log_every_n_steps=config.log_every,
+            log_every_n_steps=min(config.log_every, len(train_loader)),
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
@@ -278,7 +281,11 @@ def _fit(run: _Run, model: Any, precision: str, checkpoint: Path) -> tuple[Seque
 
 def _ignore_lightning_advice() -> None:
     """Lightning's hints on choices that are made on purpose here."""
-    for message in (".*does not have many workers.*", ".*GPU available but not used.*", ".*exists and is not empty.*"):
+    for message in (
+        "The '.*_dataloader' does not have many workers",
+        "Found .* module\\(s\\) in eval mode",  # the averaged weights
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+    ):
         warnings.filterwarnings("ignore", message)
 
 
@@ -289,40 +296,37 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     split = "test" if run.data.test else "val"
     images = get_split(run.data, split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
-    evaluation, probabilities = evaluate_images(model, run.preprocessing, images, **names)
-    for message in evaluation.skipped:
-        task.skipped[message] = None
+    evaluation, answers = evaluate_images(model, run.preprocessing, images, **names)
+    skipped = tuple(dict.fromkeys([*task.skipped, *evaluation.skipped]))
     scores = {f"{split}_top1": evaluation.top1, f"{split}_loss": evaluation.loss}
     save_model(model, replace(card, training={**card.training, **scores}), path)
-    result = replace(result, val_top1=card.training["val_top1"], evaluation=evaluation)
-    samples = [] if evaluation.skipped else _samples(run, images, probabilities)
+    result = replace(result, val_top1=card.training["val_top1"], evaluation=evaluation, skipped=skipped)
+    samples = _samples(run, images, answers)
     _write_samples(run.run_dir / "samples", samples)
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     write_report(
         run.run_dir / "report.html",
         title=run.run_dir.name,
-        summary=_summary(run, model, result, evaluation),
+        summary=_summary(run, model, result),
         metrics=[{name: value for name, value in row.items() if value is not None} for row in rows],
         evaluation=evaluation.to_dict(),
         samples=samples,
-        skipped=list(task.skipped),
+        skipped=skipped,
         config=yaml.safe_dump(run.config.to_dict(), sort_keys=False),
         environment=describe_machine(),
     )
     write_atomic(
         run.run_dir / "result.json",
-        json.dumps({**asdict(result), "run_dir": str(result.run_dir), "skipped": list(task.skipped)}, indent=2),
+        json.dumps({**asdict(result), "run_dir": str(result.run_dir)}, indent=2),
     )
     return result
 
 
-def _summary(run: _Run, model: Any, result: TrainResult, evaluation: Evaluation) -> dict[str, str]:
-    of = "test images" if evaluation.split == "test" else "validation images, by which the epoch was chosen"
+def _summary(run: _Run, model: Sequencer2D, result: TrainResult) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     machine = describe_machine()
     return {
-        "Top-1 accuracy": f"{evaluation.top1:.2%} of {evaluation.num_images:,} {of}",
-        "Validation accuracy": f"{result.val_top1:.2%} (best epoch)",
+        "Best validation accuracy": f"{result.val_top1:.2%}",
         "Data": f"{run.data.name}, {len(run.data.train):,} training images, {len(run.data.class_names)} classes",
         "Model": f"{run.config.model}, {parameters / 1e6:.2f} M parameters, {run.preprocessing.image_size} pixels",
         "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
@@ -330,24 +334,25 @@ def _summary(run: _Run, model: Any, result: TrainResult, evaluation: Evaluation)
     }
 
 
-def _samples(run: _Run, images: Any, probabilities: np.ndarray) -> list[Sample]:
+def _samples(run: _Run, images: ImageSet, answers: Answers) -> list[Sample]:
     """Wrong and right answers half and half where there are so many, drawn with the run's seed."""
     names = run.data.class_names
-    right = probabilities.argmax(1) == images.labels
+    right = answers.probabilities.argmax(1) == images.labels[answers.indices]
     generator = np.random.default_rng(run.config.seed)
-    wrong_ones, right_ones = (generator.permutation(np.flatnonzero(chosen)) for chosen in (~right, right))
-    wrong_ones = wrong_ones[: max(_NUM_SAMPLES // 2, _NUM_SAMPLES - len(right_ones))]
+    wrong_rows, right_rows = (generator.permutation(np.flatnonzero(chosen)) for chosen in (~right, right))
+    wrong_rows = wrong_rows[: max(_NUM_SAMPLES // 2, _NUM_SAMPLES - len(right_rows))]
     samples = []
-    for index in [*wrong_ones, *right_ones[: _NUM_SAMPLES - len(wrong_ones)]]:
-        best = np.argsort(-probabilities[index])[:3]
-        image = images.image(int(index))
+    for row in [*wrong_rows, *right_rows[: _NUM_SAMPLES - len(wrong_rows)]]:
+        index = int(answers.indices[row])
+        image = images.image(index)
         image.thumbnail((256, 256), Image.Resampling.LANCZOS)
+        best = np.argsort(-answers.probabilities[row])[:3]
         samples.append(
             Sample(
                 image=np.asarray(image),
-                name=images.name(int(index)),
+                name=images.name(index),
                 label=names[images.labels[index]],
-                predictions=tuple((names[k], float(probabilities[index, k])) for k in best),
+                predictions=tuple((names[k], float(answers.probabilities[row, k])) for k in best),
             )
         )
     return samples

@@ -1,5 +1,6 @@
 """One step of training and one of validation, as a LightningModule."""
 
+import logging
 import math
 import time
 from typing import Any
@@ -20,6 +21,8 @@ from sequencer2d.data.transforms import Preprocessing, normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.schedule import Clock, learning_rate
+
+log = logging.getLogger("sequencer2d")
 
 
 class TrainingError(RuntimeError):
@@ -51,6 +54,7 @@ class SequencerTask(pl.LightningModule):
         self.val_loss = MeanMetric()
         self.skipped: dict[str, None] = {}
         """Unreadable images met so far, once each, in the order of their appearance."""
+        self.epochs_done = 0.0
 
     @property
     def evaluated_model(self) -> Sequencer2D:
@@ -70,6 +74,7 @@ class SequencerTask(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.clock.start()
+        self.on_train_epoch_start()  # Lightning leaves it out when a run continues inside an epoch
 
     def on_train_epoch_start(self) -> None:
         self.images_seen = 0
@@ -106,8 +111,9 @@ class SequencerTask(pl.LightningModule):
         updated = (batch_idx + 1) % self.config.accumulate == 0 or batch_idx + 1 == self.batches_per_epoch
         if self.ema and updated:
             self.ema.update(self.model, self.global_step)
+        self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
-        self.log("elapsed_s", self.clock.elapsed_s)
+        self.log_position()
         if self.config.max_minutes is not None and self.clock.progress(self.global_step) >= 1:
             self.trainer.should_stop = True
 
@@ -126,11 +132,19 @@ class SequencerTask(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.clock.reserve_s = time.monotonic() - self.validation_started
+        self.log_position()
+
+    def log_position(self) -> None:
+        """Where in the run a row of metrics stands."""
+        self.log("epoch", self.epochs_done)
         self.log("elapsed_s", self.clock.elapsed_s)
 
     def note_skipped(self, batch: Batch) -> None:
-        """Remembers the images that could not be read."""
-        self.skipped.update(dict.fromkeys(batch.skipped))
+        """Remembers the images that could not be read, and tells of each once."""
+        for message in batch.skipped:
+            if message not in self.skipped:
+                log.warning("skipped %s", message)
+            self.skipped[message] = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["sequencer2d"] = {
