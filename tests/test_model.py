@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,8 +41,10 @@ def test_paper_models_have_the_published_number_of_parameters(name: str, million
 def test_logits_are_those_of_timm_with_the_same_weights(name: str) -> None:
     torch.manual_seed(0)
     theirs = timm.create_model(name).eval()
-    nn.init.normal_(theirs.head.fc.weight, std=0.05)
-    nn.init.normal_(theirs.head.fc.bias)
+    head = theirs.get_submodule("head.fc")
+    assert isinstance(head, nn.Linear)
+    nn.init.normal_(head.weight, std=0.05)
+    nn.init.normal_(head.bias)
     ours = create_model(name).eval()
     ours.load_state_dict(theirs.state_dict())
     image = torch.randn(1, 3, 224, 224)

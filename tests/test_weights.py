@@ -25,7 +25,7 @@ CLASSES = ("猫", 'dog "Rex"', "naïve, ligne\n2", "", "🐟")
 @pytest.fixture
 def card(tiny_config: SequencerConfig) -> ModelCard:
     return ModelCard(
-        architecture="sequencer2d_t_patch2_16",
+        architecture="sequencer2d_t_patch2_32",
         config=replace(tiny_config, patch_sizes=(4, 2), stem_widths=(4, 8), drop_path_rate=0.1),
         class_names=CLASSES,
         preprocessing=Preprocessing(image_size=16, crop_pct=0.9, mean=(0.1, 0.2, 0.3), interpolation="bilinear"),

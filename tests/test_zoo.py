@@ -89,5 +89,5 @@ def test_an_unknown_argument_is_told_the_near_one() -> None:
 
 
 def test_an_argument_that_does_not_fit_the_variant_is_named() -> None:
-    with pytest.raises(ValueError, match="layers has 2 entries|patch_sizes has 4 entries"):
+    with pytest.raises(ValueError, match="patch_sizes has 4 entries, layers has 2"):
         create_model("sequencer2d_s", layers=(2, 2))

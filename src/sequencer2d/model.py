@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from timm.layers import lecun_normal_
+from timm.layers.weight_init import lecun_normal_
 from torch import Tensor, nn
 
 from sequencer2d.layers import LAYER_NORM_EPS, ConvPatchEmbed, Downsample2D, PatchEmbed, Sequencer2DBlock

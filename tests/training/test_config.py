@@ -23,7 +23,9 @@ def resolved(config: TrainConfig, image_size: int = 224) -> TrainConfig:
 @pytest.mark.parametrize("image_size", [16, 224])
 def test_resolve_fills_in_all_that_follows(image_size: int) -> None:
     config = asdict(resolved(TrainConfig(), image_size))
-    left = {name for part in (config, config["augment"], config["optim"]) for name, value in part.items() if value is None}
+    left = {
+        name for part in (config, config["augment"], config["optim"]) for name, value in part.items() if value is None
+    }
     assert left == MEANS_NONE
     assert (config["model"], config["image_size"], config["crop_pct"]) == ("sequencer2d_s", image_size, 0.875)
 
@@ -93,12 +95,13 @@ def test_the_learning_rate_follows_the_images_per_update() -> None:
 )
 def test_an_impossible_value_is_an_error_that_names_field_and_value(name: str, value: Any) -> None:
     part, _, field = name.rpartition(".")
+    config = TrainConfig()
+
+    def change() -> None:
+        replace(config, **{part: replace(getattr(config, part), **{field: value})} if part else {field: value})
+
     with pytest.raises(ValueError, match=name) as caught:
-        if part:
-            base = TrainConfig()
-            replace(base, **{part: replace(getattr(base, part), **{field: value})})
-        else:
-            TrainConfig(**{name: value})
+        change()
     assert str(value) in str(caught.value)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from sequencer2d.training import schedule
 from sequencer2d.training.config import OptimConfig
@@ -52,9 +52,7 @@ def test_every_update_has_the_learning_rate_of_timm(warmup_epochs: float, update
 def test_the_rate_rises_to_the_peak_then_falls_to_the_minimum_and_stays(
     epochs: int, warmup_share: float, cooldown_epochs: float, peak: float
 ) -> None:
-    optim = OptimConfig(
-        learning_rate=peak, warmup_epochs=warmup_share * epochs, cooldown_epochs=cooldown_epochs
-    )
+    optim = OptimConfig(learning_rate=peak, warmup_epochs=warmup_share * epochs, cooldown_epochs=cooldown_epochs)
     grid = [i / 50 for i in range(51)]
     warmup = [learning_rate(t * warmup_share * epochs, epochs, optim) for t in grid[:-1]]
     after = [learning_rate(epochs * (warmup_share + t * (1 - warmup_share)), epochs, optim) for t in grid]

@@ -195,7 +195,7 @@ def test_long_runs_stay_small() -> None:
 
 def test_one_class_without_images_or_samples(tmp_path: Path) -> None:
     nan = math.nan
-    per_class = [{"name": "cat", "num_images": 0, "recall": nan, "precision": nan}]
+    per_class = [{"name": "cat", "num_images": 0, "recall": None, "precision": None}]
     changes = {"confusion": [[0]], "per_class": per_class, "num_images": 0, "top1": nan, "loss": nan, "ece": nan}
     html = write(tmp_path / "report.html", evaluation=evaluation_of(["cat"], **changes), samples=[], skipped=[])
     assert "No image was confused" in html
@@ -216,7 +216,7 @@ def test_many_classes_stay_small_and_the_worst_lead(tmp_path: Path) -> None:
 def test_classes_without_images_come_last(tmp_path: Path) -> None:
     per_class = [
         {"name": name, "num_images": num_images, "recall": recall, "precision": 0.5}
-        for name, num_images, recall in (("empty", 0, math.nan), ("good", 9, 0.9), ("bad", 9, 0.1))
+        for name, num_images, recall in (("empty", 0, None), ("good", 9, 0.9), ("bad", 9, 0.1))
     ]
     text = Page(write(tmp_path / "report.html", evaluation=evaluation_of(["cat", "dog"], per_class=per_class))).text
     table = text[text.index("Worst first") :]

@@ -1,6 +1,5 @@
 """Mixup, CutMix, label smoothing and random erasing: what training does to whole batches, on the device."""
 
-import torch
 from jaxtyping import Float, Int64
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing

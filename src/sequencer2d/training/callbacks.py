@@ -97,11 +97,12 @@ class StopRequested(Exception):
 
 
 class StopOnSignal(pl.Callback):
-    """Ctrl-C or SIGTERM: finish the step, write a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM: finish the update, write a checkpoint, stop. A second Ctrl-C stops at once."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self.requested = False
+        self.saved = False
         self.previous: dict[signal.Signals, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,8 +116,12 @@ class StopOnSignal(pl.Callback):
         self.requested = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.requested:
+        if self.requested and pl_module.ends_update(batch_idx):  # gradients are in no checkpoint
             trainer.save_checkpoint(self.checkpoint)
+            self.saved = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.saved:  # only now are the metrics of the last step written
             raise StopRequested
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -107,15 +107,22 @@ class SequencerTask(pl.LightningModule):
             group["lr"] = rate
         self.log("learning_rate", rate)
 
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        """Updates the weights and their average; before any callback saves a checkpoint of this step."""
+        super().optimizer_step(*arguments, **options)
+        if self.ema:
+            self.ema.update(self.model, self.global_step + 1)
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        updated = (batch_idx + 1) % self.config.accumulate == 0 or batch_idx + 1 == self.batches_per_epoch
-        if self.ema and updated:
-            self.ema.update(self.model, self.global_step)
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
         self.log_position()
         if self.config.max_minutes is not None and self.clock.progress(self.global_step) >= 1:
             self.trainer.should_stop = True
+
+    def ends_update(self, batch_idx: int) -> bool:
+        """Whether the weights change after this batch, rather than its gradients being kept for the next."""
+        return (batch_idx + 1) % self.config.accumulate == 0 or batch_idx + 1 == self.batches_per_epoch
 
     def on_validation_epoch_start(self) -> None:
         self.validation_started = time.monotonic()

@@ -5,6 +5,7 @@ above all, passes through `escape`.
 """
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def write_report(
         metrics: rows of `metrics.jsonl`; see `curves.CHARTS` for the keys that are drawn. Any key may be missing.
         evaluation: of the final model: `split` ("test" or "val"), `num_images`, `top1`, `top5` (or None), `loss`,
             `ece`, `class_names`, `confusion` (rows are true classes, columns predictions) and `per_class`, a list of
-            `name`, `num_images`, `recall`, `precision`. Shares lie in 0..1; NaN where there is no image.
+            `name`, `num_images`, `recall`, `precision`. Shares lie in 0..1; None where there is no image.
         samples: candidates for the grid of images; at most `MAX_SAMPLES` are shown, up to half of them wrong ones.
         skipped: files that could not be read.
         config: the resolved configuration as text.
@@ -199,9 +200,12 @@ def shares_of_rows(confusion: np.ndarray) -> np.ndarray:
 
 def classes_section(per_class: Sequence[Mapping[str, Any]]) -> str:
     """Recall and precision of each class, worst recall first, classes without images last."""
-    worst_first = sorted(per_class, key=lambda row: float(np.nan_to_num(row["recall"], nan=np.inf)))
+    worst_first = sorted(per_class, key=lambda row: 2.0 if row["recall"] is None else row["recall"])
     shown = worst_first[:MAX_CLASS_ROWS]
-    rows = [(row["name"], row["num_images"], float(row["recall"]), float(row["precision"])) for row in shown]
+    rows = [
+        (row["name"], row["num_images"], *(math.nan if row[key] is None else row[key] for key in ("recall", "precision")))
+        for row in shown
+    ]
     which = f"The {len(shown)} worst of {len(per_class)} classes" if len(shown) < len(per_class) else "Worst first"
     caption = f"{which}. Recall: how much of the class was found; precision: how often that answer was right."
     return section("Classes", table(caption, ("Class", "Images", "Recall", "Precision"), rows))

@@ -1,0 +1,117 @@
+"""Evaluation: the numbers against counting by hand, and the split against that of the training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sequencer2d.data.sets import FileImages
+from sequencer2d.data.transforms import Preprocessing
+from sequencer2d.evaluation import evaluate, evaluate_images
+from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.run import train
+from sequencer2d.weights import ModelCard, save_model
+
+
+class Brightness(Sequencer2D):
+    """Answers 0 … 5 by the brightness of the image, with confidence 0.9."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            SequencerConfig(
+                layers=(1,), patch_sizes=(4,), embed_dims=(4,), hidden_sizes=(1,), mlp_ratios=(1.0,), num_classes=6
+            )
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        level = ((x.mean((1, 2, 3)) * 0.5 + 0.5) * 5).round().long()
+        return (torch.nn.functional.one_hot(level, 6) * (0.9 - 0.02) + 0.02).log()
+
+
+@pytest.fixture
+def grey_steps(tmp_path: Path) -> FileImages:
+    """Image i shows level i // 2; the labels are wrong for images 0 and 5; image 11 is unreadable."""
+    files, labels = [], []
+    for number in range(12):
+        level = number // 2
+        Image.new("RGB", (8, 8), (level * 51,) * 3).save(tmp_path / f"{number}.png")
+        files.append(f"{number}.png")
+        labels.append({0: 3, 5: 0}.get(number, level))
+    (tmp_path / "11.png").write_bytes(b"")
+    return FileImages(tmp_path, files, np.array(labels))
+
+
+def test_every_number_is_what_counting_by_hand_gives(grey_steps: FileImages) -> None:
+    preprocessing = Preprocessing(image_size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    names = tuple("abcdef")
+    result, answers = evaluate_images(
+        Brightness(), preprocessing, grey_steps, data="x", split="val", class_names=names, batch_size=5
+    )
+    assert result.num_images == 11
+    assert [message.rsplit("/")[-1] for message in result.skipped] == ["11.png: the file is empty"]
+    assert result.top1 == 9 / 11
+    assert result.top5 is not None
+    assert result.loss == pytest.approx((-9 * np.log(0.9) - 2 * np.log(0.02)) / 11, abs=1e-6)
+    assert result.ece == pytest.approx(0.9 - 9 / 11, abs=1e-6)
+    assert result.confusion[3] == [1, 0, 0, 2, 0, 0]  # rows are the truth
+    assert result.confusion[0] == [1, 0, 1, 0, 0, 0]
+    assert result.per_class[0] == {"name": "a", "num_images": 2, "recall": 0.5, "precision": 0.5}
+    assert result.per_class[2] == {"name": "c", "num_images": 1, "recall": 1.0, "precision": 0.5}
+    assert answers.indices.tolist() == list(range(11))
+    assert answers.probabilities.argmax(1).tolist() == [number // 2 for number in range(11)]
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_the_batch_size_changes_nothing(grey_steps: FileImages) -> None:
+    torch.manual_seed(0)
+    model = Sequencer2D(
+        SequencerConfig(
+            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=6
+        )
+    )
+    torch.nn.init.normal_(model.head.fc.weight)
+    losses = [
+        evaluate_images(
+            model, Preprocessing(image_size=8), grey_steps, data="x", split="val", class_names=tuple("abcdef"),
+            batch_size=batch_size,
+        )[0].loss
+        for batch_size in (1, 4, 100)
+    ]  # fmt: skip
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+def test_the_val_split_is_that_of_the_training_and_test_is_the_default(tmp_path: Path) -> None:
+    args = {"layers": [1, 1], "embed_dims": [8, 8], "hidden_sizes": [2, 2], "stem_widths": [8]}
+    config = TrainConfig(epochs=1, seed=7, val_fraction=0.2, run_dir=str(tmp_path / "run"), model_args=args)
+    result = train(config)
+    again = evaluate(result.run_dir)
+    assert again.split == "test"
+    assert result.evaluation is not None
+    assert again == result.evaluation
+    val = evaluate(result.run_dir / "model.safetensors", split="val")
+    split = json.loads((result.run_dir / "split.json").read_text())
+    assert val.num_images == len(split["val"])
+    assert val.top1 == pytest.approx(result.val_top1)
+
+
+def test_other_classes_are_an_error_that_names_them(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "insects" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / "insects" / name / f"{number}.png")
+    model = Brightness()
+    card = ModelCard(
+        architecture="x",
+        config=model.config,
+        class_names=("ant", "cat", "dog", "eel", "fox", "gnu"),
+        preprocessing=Preprocessing(image_size=8),
+    )
+    save_model(model, card, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"6 classes and insects has 2.*lack cat, dog, eel …; the model.*know bee"):
+        evaluate(tmp_path / "m.safetensors", data=str(tmp_path / "insects"))
+    with pytest.raises(ValueError, match="give --data"):
+        evaluate(tmp_path / "m.safetensors")

@@ -1,0 +1,110 @@
+"""Prediction: an answer per file, in order, whatever the file."""
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from sequencer2d.data.transforms import Preprocessing
+from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.prediction import predict, write_predictions
+from sequencer2d.weights import ModelCard, save_model
+
+
+@pytest.fixture
+def model_file(tmp_path: Path, tiny_config: SequencerConfig) -> Path:
+    torch.manual_seed(0)
+    model = Sequencer2D(tiny_config)
+    torch.nn.init.normal_(model.head.fc.weight)
+    card = ModelCard(
+        architecture="tiny",
+        config=tiny_config,
+        class_names=("ant", "bee", "cat", "dog", "élan"),
+        preprocessing=Preprocessing(image_size=16),
+    )
+    save_model(model, card, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "pictures"
+    (root / "deep").mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (20 + number, 30), (50 * number, 90, 200)).save(root / f"{number}.png")
+    Image.new("L", (9, 9), 77).save(root / "deep" / "grey.JPG")
+    (root / "bad.jpg").write_bytes(b"\xff\xd8\xff")
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def test_every_image_below_a_folder_is_answered_in_order_bad_ones_with_an_error(
+    model_file: Path, folder: Path
+) -> None:
+    answers = list(predict(model_file, [folder], batch_size=2))
+    assert [Path(answer.path).name for answer in answers] == [
+        "0.png", "1.png", "2.png", "3.png", "4.png", "bad.jpg", "grey.JPG",
+    ]  # fmt: skip
+    assert [answer.error is not None for answer in answers] == [False] * 5 + [True, False]
+    for answer in answers:
+        if answer.error is None:
+            probabilities = [probability for _, probability in answer.classes]
+            assert probabilities == sorted(probabilities, reverse=True)
+            assert sum(probabilities) == pytest.approx(1, abs=1e-5)  # five of five classes
+
+
+def test_one_at_a_time_gives_the_same(model_file: Path, folder: Path) -> None:
+    files = sorted(folder.glob("?.png"))
+    together = list(predict(model_file, files, batch_size=64))
+    alone = [answer for file in files for answer in predict(model_file, [file], top_k=99)]
+    for one, other in zip(together, alone, strict=True):
+        assert [name for name, _ in one.classes] == [name for name, _ in other.classes]
+        assert [p for _, p in one.classes] == pytest.approx([p for _, p in other.classes], abs=1e-6)
+
+
+def test_missing_files_and_folders_without_images_are_answers_too(model_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "void").mkdir()
+    missing, void = predict(model_file, [tmp_path / "none.png", tmp_path / "void"])
+    assert missing.error is not None
+    assert "none.png" in missing.error
+    assert void.error is not None
+    assert not missing.classes
+
+
+def test_standard_input_is_one_image(model_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = (folder / "3.png").read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    (answer,) = predict(model_file, ["-"])
+    (expected,) = predict(model_file, [folder / "3.png"])
+    assert answer.classes == expected.classes
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
+    (answer,) = predict(model_file, ["-"])
+    assert answer.error is not None
+
+
+def test_top_k_is_as_asked_and_at_least_one(model_file: Path, folder: Path) -> None:
+    (answer,) = predict(model_file, [folder / "0.png"], top_k=2)
+    assert len(answer.classes) == 2
+    with pytest.raises(ValueError, match="top_k=0"):
+        next(predict(model_file, [folder / "0.png"], top_k=0))
+
+
+def test_files_of_answers_hold_the_same_as_the_answers(model_file: Path, folder: Path, tmp_path: Path) -> None:
+    answers = list(predict(model_file, [folder]))
+    write_predictions(answers, tmp_path / "out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(line["path"], line["error"]) for line in lines] == [(answer.path, answer.error) for answer in answers]
+    assert [tuple(row.values()) for row in lines[0]["classes"]] == list(answers[0].classes)
+    write_predictions(answers, tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 6 * 5 + 1
+    assert [row["path"] for row in table if row["error"]] == [str(folder / "bad.jpg")]
+    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.csv"):
+        write_predictions(answers, tmp_path / "out.parquet")

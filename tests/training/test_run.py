@@ -1,0 +1,311 @@
+"""Runs from config to folder: what is left on disk, stopping and continuing, and what goes wrong."""
+
+import errno
+import itertools
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sequencer2d import files
+from sequencer2d.model import Sequencer2D
+from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
+from sequencer2d.training.run import train
+from sequencer2d.training.task import SequencerTask, TrainingError
+from sequencer2d.weights import ModelFileError, load_model
+
+COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
+
+
+def make_images(root: Path, colours: dict[str, tuple[int, int, int]] = COLOURS, count: int = 12) -> Path:
+    """Noisy one-coloured squares of 16 pixels, a class folder per colour."""
+    generator = np.random.RandomState(0)
+    for name, colour in colours.items():
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            noise = generator.randint(-40, 40, (16, 16, 3))
+            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
+                root / name / f"{number:02d}.png"
+            )
+    return root
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """Everything that has a state is on: averaged weights, mixing, accumulation, stochastic depth, dropout."""
+    return TrainConfig(
+        model="sequencer2d_conv_p_patch2_16",
+        model_args={
+            "layers": [1, 1],
+            "embed_dims": [8, 8],
+            "hidden_sizes": [2, 2],
+            "stem_widths": [8],
+            "drop_path_rate": 0.2,
+            "drop_rate": 0.1,
+        },
+        data=str(make_images(tmp_path / "colours")),
+        val_fraction=0.25,
+        epochs=4,
+        batch_size=5,
+        accumulate=2,
+        augment=AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0, random_erasing=0.3),
+        optim=OptimConfig(learning_rate=1e-2, warmup_epochs=1, ema_decay=0.9),
+        precision="fp32",
+        run_dir=str(tmp_path / "run"),
+        log_every=1,
+    )
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The metrics of a run but for those that a clock makes."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("elapsed_s", "images_per_s")} for line in lines]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Sends this process a Ctrl-C during a batch, counted from 0."""
+    original = SequencerTask.training_step
+    counter = itertools.count()
+
+    def training_step(self: SequencerTask, *arguments: Any) -> Any:
+        if next(counter) == batch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(SequencerTask, "training_step", training_step)
+
+
+def test_a_run_leaves_all_that_was_promised(config: TrainConfig) -> None:
+    result = train(config)
+    assert result.finished
+    assert result.evaluation is not None
+    names = {path.name for path in result.run_dir.iterdir()}
+    assert names >= {
+        "config.yaml", "split.json", "environment.json", "metrics.jsonl", "checkpoints", "model.safetensors",
+        "report.html", "result.json", "tensorboard", "samples",
+    }  # fmt: skip
+    assert list((result.run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    metrics = rows(result.run_dir)
+    assert {"train_loss", "learning_rate", "step", "epoch"} <= metrics[0].keys()
+    validations = [row for row in metrics if "valid_acc" in row]
+    assert [row["epoch"] for row in validations] == [1, 2, 3, 4]
+    assert all("val_loss" in row for row in validations)
+    model, card = load_model(result.run_dir)
+    assert card.class_names == ("blue", "green", "red")
+    assert card.training["val_top1"] == result.val_top1 == max(row["valid_acc"] for row in validations)
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+    assert "colours" in (result.run_dir / "report.html").read_text()
+
+
+def test_it_learns_and_says_so_truly(config: TrainConfig) -> None:
+    plain = AugmentConfig(mixup_alpha=0.0, cutmix_alpha=0.0, random_erasing=0.0)
+    result = train(replace(config, epochs=30, accumulate=1, augment=plain, model_args={"layers": [1, 1]}))
+    assert result.evaluation is not None
+    assert result.evaluation.split == "val"
+    assert result.evaluation.top1 == 1.0
+    assert json.loads((result.run_dir / "result.json").read_text())["evaluation"]["top1"] == 1.0
+
+
+def test_validation_images_are_never_trained_on(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    original = Sequencer2D.forward
+    means: dict[float, str] = {}
+
+    def forward(self: Sequencer2D, x: torch.Tensor) -> torch.Tensor:
+        for image in x:
+            seen[torch.is_grad_enabled()].add(means.get(round(image.double().sum().item(), 6), "?"))
+        return original(self, x)
+
+    monkeypatch.setattr(Sequencer2D, "forward", forward)
+    from sequencer2d.data.catalog import load_data
+    from sequencer2d.data.transforms import Preprocessing, normalize
+
+    data = load_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
+    for images in (data.train, data.val):
+        for index in range(len(images)):
+            pixels = torch.from_numpy(np.array(images.image(index)))[None]
+            total = normalize(pixels, Preprocessing(image_size=16))[0].double().sum().item()
+            means[round(total, 6)] = images.name(index)
+    untouched = AugmentConfig(
+        crop="random-resized", scale=(1.0, 1.0), ratio=(1.0, 1.0), hflip=0.0, interpolation="bicubic"
+    )
+    train(replace(config, augment=untouched, epochs=2))
+    split = json.loads((Path(config.run_dir or "") / "split.json").read_text())
+    assert "?" not in seen[True] | seen[False]
+    assert seen[True] <= set(split["train"])
+    assert seen[False] == set(split["val"])
+    assert not seen[True] & seen[False]
+
+
+@pytest.mark.parametrize("batch", [0, 4, 5, 7, 17])
+def test_a_stopped_run_continues_as_if_it_had_not_stopped(
+    batch: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(replace(config, run_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_at(patch, batch)
+        stopped = train(config)
+    assert not stopped.finished
+    assert not (stopped.run_dir / "result.json").exists()
+    continued = train(config)
+    assert continued.finished
+    assert continued.run_dir == stopped.run_dir
+    assert rows(continued.run_dir) == rows(whole.run_dir)
+    weights, expected = (load_file(run.run_dir / "model.safetensors") for run in (continued, whole))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    last, expected_last = (
+        torch.load(run.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for run in (continued, whole)
+    )
+    assert all(torch.equal(last[name], expected_last[name]) for name in expected_last)
+
+
+def test_resume_takes_a_folder_or_a_checkpoint_and_the_run_s_own_config(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        run_dir = train(config).run_dir
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        assert not train(TrainConfig(resume=str(run_dir))).finished
+    assert train(TrainConfig(resume=str(run_dir / "checkpoints" / "last.ckpt"))).finished
+
+
+def test_names_are_found_and_stopped_runs_are_found_again(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, run_dir=None, epochs=1)
+    first = train(config)
+    assert first.run_dir == Path("runs/colours-sequencer2d_conv_p_patch2_16")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        second = train(config)
+    assert second.run_dir == Path("runs/colours-sequencer2d_conv_p_patch2_16-2")
+    other = train(replace(config, seed=1))
+    assert other.run_dir == Path("runs/colours-sequencer2d_conv_p_patch2_16-3")
+    again = train(config)
+    assert again.finished
+    assert again.run_dir == second.run_dir
+
+
+def test_a_folder_in_use_is_not_written_over(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(config, epochs=1)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        train(config)
+    with pytest.raises(ValueError, match=r"unfinished run of another config \(seed\)"):
+        train(replace(config, seed=1))
+    with pytest.raises(ValueError, match="--resume is never"):
+        train(replace(config, resume="never"))
+    train(config)
+    with pytest.raises(ValueError, match="finished run; give another --run-dir"):
+        train(config)
+
+
+def test_the_same_seed_gives_the_same_run(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, epochs=1)
+    one, two, other = (
+        load_file(train(replace(config, seed=seed, run_dir=str(tmp_path / name))).run_dir / "model.safetensors")
+        for seed, name in ((0, "a"), (0, "b"), (1, "c"))
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_budget_of_time_ends_the_run_with_an_annealed_learning_rate(config: TrainConfig) -> None:
+    result = train(replace(config, epochs=100_000, max_minutes=3 / 60))
+    assert result.finished
+    assert result.minutes < 12 / 60
+    rates = [row["learning_rate"] for row in rows(result.run_dir) if "learning_rate" in row]
+    assert rates[-1] < 0.05 * max(rates)
+
+
+def test_unreadable_images_are_skipped_counted_and_named(config: TrainConfig) -> None:
+    broken = Path(config.data) / "red" / "03.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (Path(config.data) / "red" / "x.jpg").write_bytes(b"no image")
+    result = train(replace(config, epochs=1))
+    assert len(result.skipped) == 2
+    assert {"03.png", "x.jpg"} == {message.split(":")[0].rsplit("/", 1)[-1] for message in result.skipped}
+    assert json.loads((result.run_dir / "result.json").read_text())["skipped"] == list(result.skipped)
+    assert "03.png" in (result.run_dir / "report.html").read_text()
+
+
+def test_fine_tuning_begins_a_new_head_for_other_classes(config: TrainConfig, tmp_path: Path) -> None:
+    donor = train(replace(config, epochs=1)).run_dir
+    two = make_images(tmp_path / "two", {"cyan": (40, 200, 200), "pink": (200, 40, 200)})
+    tuned = train(replace(config, epochs=1, data=str(two), weights=str(donor), run_dir=str(tmp_path / "tuned")))
+    _, card = load_model(tuned.run_dir)
+    assert card.class_names == ("cyan", "pink")
+    wider = replace(config, model_args={}, weights=str(donor), run_dir=str(tmp_path / "wider"))
+    with pytest.raises(ModelFileError, match="train the same --model"):
+        train(wider)
+    assert not (tmp_path / "wider").exists()
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Sequencer2D, "forward_head", lambda self, x, pre_logits=False: self.head(x) * float("nan"))
+    with pytest.raises(TrainingError, match=r"loss became nan at update 0; lower --optim\.learning-rate"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "sequencer2d_x"}, "did you mean"),
+        ({"model_args": {"num_classes": 7}}, "num_classes=7, but colours has 3 classes"),
+        ({"model_args": {"in_chans": 1}}, "in_chans=1"),
+        ({"model_args": {"layer": [1]}}, "did you mean layers"),
+        ({"data": "cifar11"}, "cifar10"),
+        ({"precision": "fp16"}, "needs a GPU"),
+    ],
+)
+def test_wrong_input_is_named_before_anything_is_written(
+    change: dict[str, Any], message: str, config: TrainConfig
+) -> None:
+    if "precision" in change and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, where fp16 works")
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, **change))
+    assert not Path(config.run_dir or "").exists()
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_model_whole(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[[int], None] = os.fsync
+    counter = itertools.count()
+
+    def fsync(handle: int) -> None:
+        if next(counter) > 8:  # config, split and environment, then model and checkpoint of some epochs
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        train(config)
+    monkeypatch.undo()
+    run_dir = Path(config.run_dir or "")
+    load_model(run_dir)
+    torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not [path for path in run_dir.rglob(".*") if path.is_file()]
+    assert train(config).finished
+
+
+def test_a_run_folder_that_cannot_be_written_is_an_error_at_once(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        train(replace(config, run_dir=str(tmp_path / "file")))
+    with pytest.raises(OSError, match="file"):
+        train(replace(config, run_dir=str(tmp_path / "file" / "below")))
