@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from sequencer2d.data.sets import FileImages
-from sequencer2d.data.transforms import Preprocessing
 from sequencer2d.evaluation import evaluate, evaluate_images
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.run import train
 from sequencer2d.weights import ModelCard, save_model
@@ -73,7 +73,7 @@ def test_the_batch_size_changes_nothing(grey_steps: FileImages) -> None:
             layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=6
         )
     )
-    torch.nn.init.normal_(model.head.fc.weight)
+    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
     losses = [
         evaluate_images(
             model, Preprocessing(image_size=8), grey_steps, data="x", split="val", class_names=tuple("abcdef"),

@@ -15,11 +15,11 @@ import sequencer2d
 SRC = Path(sequencer2d.__file__).parent
 
 TIERS: list[set[str]] = [
-    {"files", "layers", "training.config", "training.schedule", "training.machine"},
-    {"model", "training.recipes"},
+    {"files", "layers", "preprocessing"},
+    {"model"},
     {"zoo"},
-    {"data"},
     {"weights"},
+    {"data"},
     {"evaluation", "prediction", "visualize"},
     {"training"},
     {"cli", "verbs"},

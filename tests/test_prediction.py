@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sequencer2d.data.transforms import Preprocessing
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.prediction import predict, write_predictions
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.weights import ModelCard, save_model
 
 
@@ -21,7 +21,7 @@ from sequencer2d.weights import ModelCard, save_model
 def model_file(tmp_path: Path, tiny_config: SequencerConfig) -> Path:
     torch.manual_seed(0)
     model = Sequencer2D(tiny_config)
-    torch.nn.init.normal_(model.head.fc.weight)
+    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
     card = ModelCard(
         architecture="tiny",
         config=tiny_config,
@@ -44,9 +44,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_every_image_below_a_folder_is_answered_in_order_bad_ones_with_an_error(
-    model_file: Path, folder: Path
-) -> None:
+def test_every_image_below_a_folder_is_answered_in_order_bad_ones_with_an_error(model_file: Path, folder: Path) -> None:
     answers = list(predict(model_file, [folder], batch_size=2))
     assert [Path(answer.path).name for answer in answers] == [
         "0.png", "1.png", "2.png", "3.png", "4.png", "bad.jpg", "grey.JPG",

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sequencer2d import files
-from sequencer2d.data.transforms import Preprocessing
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.weights import FORMAT, ModelCard, ModelFileError, load_model, load_weights_into, save_model
 
 CLASSES = ("猫", 'dog "Rex"', "naïve, ligne\n2", "", "🐟")

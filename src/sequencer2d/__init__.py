@@ -27,7 +27,7 @@ _HOME = {
     "train": "sequencer2d.training.run",
 }
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "TrainConfig",
     "create_model",
     "evaluate",

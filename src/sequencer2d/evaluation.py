@@ -14,8 +14,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from sequencer2d.data.catalog import ImageData, ImageSet, load_data
 from sequencer2d.data.loaders import eval_loader
-from sequencer2d.data.transforms import Preprocessing, eval_transform, normalize
+from sequencer2d.data.transforms import eval_transform, normalize
 from sequencer2d.model import Sequencer2D
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.weights import ModelCard, load_model
 
 

@@ -4,14 +4,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 
 from sequencer2d.cli import DONE, PROBLEM, STOPPED
 from sequencer2d.files import write_atomic
@@ -27,8 +27,9 @@ class VerbParser(ArgumentParser):
     def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
         return super().parse_args([_underscored(argument) for argument in args], **kwargs)
 
-    def format_help(self) -> str:
-        return re.sub(r"--[a-z][\w.]*", lambda option: option[0].replace("_", "-"), super().format_help())
+    def format_help(self, *arguments: Any, **options: Any) -> str:
+        text = super().format_help(*arguments, **options)
+        return re.sub(r"--[a-z][\w.]*", lambda option: option[0].replace("_", "-"), text)
 
 
 def _underscored(argument: str) -> str:
@@ -106,8 +107,8 @@ def evaluate(arguments: list[str]) -> int:
 
 def predict(arguments: list[str]) -> int:
     """`sequencer2d predict`"""
+    from sequencer2d.prediction import Prediction, write_predictions
     from sequencer2d.prediction import predict as run_prediction
-    from sequencer2d.prediction import write_predictions
 
     parser = VerbParser("sequencer2d predict", description="Print the likeliest classes of images.")
     parser.add_argument("model", help="model file or folder of a run")
@@ -118,14 +119,14 @@ def predict(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     failed = 0
 
-    def printed():  # noqa: ANN202
+    def printed() -> Iterator[Prediction]:
         nonlocal failed
         for prediction in run_prediction(
             options.model, options.paths, top_k=options.top_k, batch_size=options.batch_size
         ):
             failed += prediction.error is not None
             classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
-            print(prediction.error and f"error: {prediction.error}" or f"{prediction.path}: {classes}", flush=True)
+            print(f"error: {prediction.error}" if prediction.error else f"{prediction.path}: {classes}", flush=True)
             yield prediction
 
     if options.output:
@@ -143,7 +144,8 @@ def models(arguments: list[str]) -> int:
     parser = VerbParser("sequencer2d models", description="List the variants.")
     parser.add_argument("contains", nargs="?", default="", help="only names that contain this text")
     options = parser.parse_args(arguments)
-    table = Table("name", "parameters", "image", "tokens of the stages", "layers", "channels", "from")
+    headings = ("parameters", "image", "tokens", "layers", "channels", "from")
+    table = Table(Column("name", no_wrap=True), *headings)
     for name in list_models(options.contains):
         variant = VARIANTS[name]
         parameters = sum(parameter.numel() for parameter in create_model(name).parameters())

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from sequencer2d.data.transforms import Preprocessing
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.preprocessing import Preprocessing
 
 FORMAT = "sequencer2d/1"
 
@@ -84,6 +84,8 @@ def load_model(source: str | Path) -> tuple[Sequencer2D, ModelCard]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ModelFileError(f"{path} is not a whole safetensors file ({error}); {_kind(path)}") from error
+    if metadata.get("format", FORMAT) != FORMAT and metadata["format"].startswith("sequencer2d/"):
+        raise ModelFileError(f"{path} is of format {metadata['format']!r}; a newer sequencer2d reads it")
     if metadata.get("format") != FORMAT:
         raise ModelFileError(
             f"{path} holds weights but not the description that `sequencer2d train` writes beside them "

@@ -106,7 +106,11 @@ def get_config(name: str, **overrides: Any) -> SequencerConfig:
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"a Sequencer has no argument {key!r}: {hint}")
         known[key] = tuple(value) if isinstance(value, list | tuple) else value
-    return SequencerConfig(**known)
+    try:
+        return SequencerConfig(**known)
+    except TypeError as error:
+        changes = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
+        raise ValueError(f"{changes}: {error}; stages take one number each, such as layers=[2, 2]") from error
 
 
 def create_model(name: str, **overrides: Any) -> Sequencer2D:

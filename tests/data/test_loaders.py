@@ -16,7 +16,8 @@ from PIL import Image
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import Batch, CachedImages, ShuffledBatches, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, FileImages, ImageSet
-from sequencer2d.data.transforms import ImageTransform, Preprocessing, eval_transform, train_transform
+from sequencer2d.data.transforms import ImageTransform, eval_transform, train_transform
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import AugmentConfig, TrainConfig, resolve
 
 pytestmark = [

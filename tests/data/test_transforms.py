@@ -12,7 +12,8 @@ from timm.data.transforms_factory import transforms_imagenet_eval, transforms_im
 from torchvision.transforms import Compose
 
 from sequencer2d.data.loaders import seed_generators
-from sequencer2d.data.transforms import Preprocessing, eval_transform, normalize, train_transform
+from sequencer2d.data.transforms import eval_transform, normalize, train_transform
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import AugmentConfig, TrainConfig, resolve
 
 POLICY = "rand-m9-mstd0.5-inc1"
@@ -131,16 +132,12 @@ def test_impossible_preprocessing_is_an_error_that_names_the_field(options: dict
         Preprocessing(**options)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="timm's assertion comes through, which the command line does not turn into a line"
-)
 @pytest.mark.parametrize("policy", ["bogus", "rand-foo9"])
 def test_an_unknown_policy_is_an_error_that_names_it(policy: str) -> None:
     with pytest.raises(ValueError, match=policy):
-        train_transform(augment(32, auto_augment=policy), Preprocessing(image_size=32))
+        augment(32, auto_augment=policy)
 
 
-@pytest.mark.xfail(strict=True, reason="transforms are closures, which no spawned worker can be given")
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_transforms_can_be_sent_to_a_spawned_worker(image_size: int, photo: Image.Image) -> None:
     """The start method of macOS and Windows, and on Linux the like of it from Python 3.14 on."""

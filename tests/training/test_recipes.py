@@ -78,7 +78,6 @@ def test_a_wrong_recipe_is_an_error_that_names_file_and_key(text: str, message: 
         config_from_yaml(tmp_path / "a.yaml")
 
 
-@pytest.mark.xfail(strict=True, reason="jsonargparse takes what is no mapping for an empty one")
 @pytest.mark.parametrize("text", ["[]", "3"])
 def test_yaml_that_is_no_mapping_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(text)

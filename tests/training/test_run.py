@@ -127,7 +127,8 @@ def test_validation_images_are_never_trained_on(config: TrainConfig, monkeypatch
 
     monkeypatch.setattr(Sequencer2D, "forward", forward)
     from sequencer2d.data.catalog import load_data
-    from sequencer2d.data.transforms import Preprocessing, normalize
+    from sequencer2d.data.transforms import normalize
+    from sequencer2d.preprocessing import Preprocessing
 
     data = load_data(config.data, val_fraction=config.val_fraction, seed=config.seed)
     for images in (data.train, data.val):

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sequencer2d.data.catalog import ImageSet
+from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.images import ImageError
+from sequencer2d.data.sets import ImageSet
 from sequencer2d.data.transforms import ImageTransform
-from sequencer2d.training.config import SMALL_IMAGE_SIZE
 
 Key = tuple[int, int]
 """Index of an image and the seed of its augmentation."""
@@ -66,8 +66,8 @@ class ShuffledBatches(Sampler[list[Key]]):
             yield list(zip(order[chosen], seeds[chosen], strict=True))
 
 
-class TrainLoader(DataLoader[Batch]):
-    """Shuffled, augmented batches without end of the seeds; knows its position for checkpoints."""
+class TrainLoader(DataLoader[Any]):
+    """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint."""
 
     def __init__(
         self, images: ImageSet, transform: ImageTransform, *, batch_size: int, seed: int, num_workers: int
@@ -98,8 +98,8 @@ class TrainLoader(DataLoader[Batch]):
 
 def eval_loader(
     images: ImageSet, transform: ImageTransform, *, batch_size: int, num_workers: int = 0
-) -> DataLoader[Batch]:
-    """All images once, in order."""
+) -> DataLoader[Any]:
+    """All images once, in order, as `Batch`es."""
     keys = [
         [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
         for start in range(0, len(images), batch_size)
@@ -114,7 +114,8 @@ class Sample(NamedTuple):
 
     image: UInt8[np.ndarray, "H W C"]
     label: int
-    index: int
+    position: int
+    """In its `ImageSet`."""
 
 
 class TransformedImages(Dataset[Sample | str]):
@@ -144,7 +145,7 @@ def collate(samples: list[Sample | str]) -> Batch:
     return Batch(
         torch.from_numpy(images),
         torch.tensor([sample.label for sample in good], dtype=torch.int64),
-        torch.tensor([sample.index for sample in good], dtype=torch.int64),
+        torch.tensor([sample.position for sample in good], dtype=torch.int64),
         [sample for sample in samples if isinstance(sample, str)],
     )
 

@@ -5,7 +5,7 @@ from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from sequencer2d.training.config import AugmentConfig
+from sequencer2d.data.augment import AugmentConfig
 
 
 class BatchMixing:
@@ -33,7 +33,7 @@ class BatchMixing:
         timm mixes pairs, so the last image of an odd batch stays itself.
         """
         if self.erase.probability:
-            self.erase.device = images.device
+            self.erase.device = str(images.device)
             images = self.erase(images)
         if self.mixup is None:
             return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
@@ -44,4 +44,3 @@ class BatchMixing:
         if even:
             _, targets[:even] = self.mixup(images[:even], labels[:even])
         return images, targets
-

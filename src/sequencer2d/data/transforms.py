@@ -5,54 +5,40 @@ Randomness comes from Python's, NumPy's and PyTorch's global generators, which t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from sequencer2d.training.config import AugmentConfig
+from sequencer2d.data.augment import AugmentConfig
+from sequencer2d.preprocessing import Preprocessing
 
 ImageTransform = Callable[[Image.Image], UInt8[np.ndarray, "H W C"]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """What evaluation does to an image; saved with the weights."""
-
-    image_size: int
-    """Side of the square that the model sees, in pixels."""
-    crop_pct: float = 1.0
-    """The shorter side is resized to `image_size / crop_pct`, then the centre is cut out."""
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    """Of red, green and blue, in units of 0…1."""
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    interpolation: str = "bicubic"
-
-    def __post_init__(self) -> None:
-        if self.image_size < 1 or not 0 < self.crop_pct <= 1 or min(self.std) <= 0:
-            raise ValueError(f"{self} needs image_size ≥ 1, crop_pct in (0, 1] and std > 0")
-        if self.interpolation not in ("bicubic", "bilinear"):
-            raise ValueError(f"interpolation={self.interpolation!r} must be bicubic or bilinear")
+MAX_ASPECT = 8
+"""Of a longer image only the middle is looked at: resizing 2×20,000 pixels whole would take gigabytes."""
 
 
 def eval_transform(preprocessing: Preprocessing) -> ImageTransform:
     """Resize the shorter side, cut out the centre (timm's `transforms_imagenet_eval`)."""
     size = preprocessing.image_size
-    resize = transforms.Resize(int(size / preprocessing.crop_pct), InterpolationMode(preprocessing.interpolation))
-    crop = transforms.CenterCrop(size)
-
-    def transform(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
-        return np.asarray(crop(resize(image)))
-
-    return transform
+    interpolation = InterpolationMode(preprocessing.interpolation)
+    return transforms.Compose(
+        [
+            limit_aspect,
+            transforms.Resize(int(size / preprocessing.crop_pct), interpolation),
+            transforms.CenterCrop(size),
+            np.asarray,
+        ]
+    )
 
 
 def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> ImageTransform:
@@ -63,8 +49,9 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Ima
         preprocessing: Size and mean; the mean fills the corners of rotated images.
     """
     size = preprocessing.image_size
-    steps: list[Callable[[Image.Image], Image.Image]] = []
+    steps: list[Any] = []
     if augment.crop == "padded":
+        steps.append(limit_aspect)
         steps.append(transforms.Resize(size, InterpolationMode(preprocessing.interpolation)))
         steps.append(transforms.RandomCrop(size, padding=max(1, size // 8), padding_mode="reflect"))
     else:
@@ -81,13 +68,16 @@ def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> Ima
         if augment.interpolation != "random":
             options["interpolation"] = str_to_pil_interp(augment.interpolation)
         steps.append(rand_augment_transform(augment.auto_augment, options))
+    return transforms.Compose([*steps, np.asarray])
 
-    def transform(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
-        for step in steps:
-            image = step(image)
-        return np.asarray(image)
 
-    return transform
+def limit_aspect(image: Image.Image) -> Image.Image:
+    """The image, or the middle of one that is more than `MAX_ASPECT` times as long as wide."""
+    width, height = image.size
+    longest = MAX_ASPECT * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    return transforms.CenterCrop((min(height, longest), min(width, longest)))(image)
 
 
 def normalize(images: UInt8[Tensor, "B H W C"], preprocessing: Preprocessing) -> Float[Tensor, "B C H W"]:

@@ -105,7 +105,8 @@ class StopOnSignal(pl.Callback):
         self.saved = False
         self.previous: dict[signal.Signals, Any] = {}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Only now: Lightning's own handler of SIGTERM, set before, would leave at once without a checkpoint.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.previous[number] = signal.signal(number, self.request)

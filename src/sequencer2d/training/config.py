@@ -9,50 +9,7 @@ import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-
-def _check_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        raise ValueError(f"{name}={value} must lie in [{low}, {high}]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """What training does to images. `None` follows the image size: what suits 224 pixels ruins 32."""
-
-    crop: Literal["random-resized", "padded"] | None = None
-    """Random-resized crop (the paper's), or a shift within a reflected border of 1/8 (small images)."""
-    scale: tuple[float, float] = (0.08, 1.0)
-    """Area of a random-resized crop, as a fraction of the image."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratio of a random-resized crop."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
-    auto_augment: str | None = None
-    """timm's policy string, such as rand-m9-mstd0.5-inc1; 'none' for none."""
-    random_erasing: float | None = None
-    """Probability of filling a random rectangle with noise."""
-    mixup_alpha: float | None = None
-    """Beta parameter of mixup; 0 for none."""
-    cutmix_alpha: float | None = None
-    """Beta parameter of CutMix; 0 for none. With both, each batch takes one of them."""
-    mix_prob: float = 1.0
-    """Share of the batches that mixup or CutMix touches."""
-    label_smoothing: float = 0.1
-    """Probability mass that targets give to all classes alike. Applied once, to the (mixed) targets."""
-    interpolation: Literal["random", "bicubic", "bilinear"] = "random"
-    """How training resamples; 'random' takes bilinear or bicubic per image."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"augment.scale={self.scale} must be two fractions in (0, 1], smallest first")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"augment.ratio={self.ratio} must be two positive numbers, smallest first")
-        for name in ("hflip", "random_erasing", "mix_prob"):
-            _check_range(f"augment.{name}", getattr(self, name), 0, 1)
-        for name in ("mixup_alpha", "cutmix_alpha"):
-            _check_range(f"augment.{name}", getattr(self, name), 0, math.inf)
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"augment.label_smoothing={self.label_smoothing} must lie in [0, 1)")
+from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +41,7 @@ class OptimConfig:
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"optim.{name}={value} must be a finite number ≥ 0")
         for name in ("warmup_epochs", "cooldown_epochs", "weight_decay"):
-            _check_range(f"optim.{name}", getattr(self, name), 0, math.inf)
+            check_range(f"optim.{name}", getattr(self, name), 0, math.inf)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay={self.ema_decay} must lie in (0, 1)")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -119,7 +76,7 @@ class TrainConfig:
     """Images per step."""
     accumulate: int = 1
     """Steps per update of the weights."""
-    augment: AugmentConfig = AugmentConfig()
+    augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 - frozen
     optim: OptimConfig = OptimConfig()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
@@ -161,10 +118,6 @@ class TrainConfig:
         return _plain(asdict(self))
 
 
-SMALL_IMAGE_SIZE = 96
-"""Up to this side in pixels images count as small: gentle augmentation, decoded once and kept in memory."""
-
-
 def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float) -> TrainConfig:
     """Fills in every `None` that follows from the model, the image size, the schedule and the machine."""
     small = image_size <= SMALL_IMAGE_SIZE
@@ -188,8 +141,13 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
             learning_rate=_default(optim.learning_rate, 2e-3 * math.sqrt(images_per_update / 2048)),
             warmup_epochs=_default(optim.warmup_epochs, config.epochs / 15),
         ),
-        num_workers=_default(config.num_workers, 0 if small else max(1, (os.cpu_count() or 1) - 1)),
+        num_workers=_default(config.num_workers, 0 if small else max(1, num_cores() - 1)),
     )
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default(value: Any, default: Any) -> Any:

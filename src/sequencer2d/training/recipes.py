@@ -49,7 +49,9 @@ def config_from_yaml(path: Path) -> TrainConfig:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, "config")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it must hold keys and values")
         return parser.instantiate(parser.parse_object({"config": values})).config
     except Exception as error:
         raise ValueError(f"{path} is no config: {error}") from error

@@ -15,13 +15,15 @@ import yaml
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
-from sequencer2d.data.transforms import Preprocessing, eval_transform, train_transform
+from sequencer2d.data.transforms import eval_transform, train_transform
 from sequencer2d.evaluation import Answers, Evaluation, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.callbacks import (
     AtomicCheckpointIO,
     JsonLinesLogger,
@@ -30,7 +32,7 @@ from sequencer2d.training.callbacks import (
     StopRequested,
     TrainingProgress,
 )
-from sequencer2d.training.config import SMALL_IMAGE_SIZE, TrainConfig, resolve
+from sequencer2d.training.config import TrainConfig, resolve
 from sequencer2d.training.machine import choose_precision, describe_machine, tune_allocator
 from sequencer2d.training.recipes import config_from_yaml
 from sequencer2d.training.task import SequencerTask

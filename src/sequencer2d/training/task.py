@@ -17,8 +17,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from sequencer2d.data.loaders import Batch, seed_generators
 from sequencer2d.data.mixing import BatchMixing
-from sequencer2d.data.transforms import Preprocessing, normalize
+from sequencer2d.data.transforms import normalize
 from sequencer2d.model import Sequencer2D
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.schedule import Clock, learning_rate
 

@@ -202,13 +202,14 @@ def classes_section(per_class: Sequence[Mapping[str, Any]]) -> str:
     """Recall and precision of each class, worst recall first, classes without images last."""
     worst_first = sorted(per_class, key=lambda row: 2.0 if row["recall"] is None else row["recall"])
     shown = worst_first[:MAX_CLASS_ROWS]
-    rows = [
-        (row["name"], row["num_images"], *(math.nan if row[key] is None else row[key] for key in ("recall", "precision")))
-        for row in shown
-    ]
+    rows = [(row["name"], row["num_images"], _share(row["recall"]), _share(row["precision"])) for row in shown]
     which = f"The {len(shown)} worst of {len(per_class)} classes" if len(shown) < len(per_class) else "Worst first"
     caption = f"{which}. Recall: how much of the class was found; precision: how often that answer was right."
     return section("Classes", table(caption, ("Class", "Images", "Recall", "Precision"), rows))
+
+
+def _share(share: float | None) -> float:
+    return math.nan if share is None else share
 
 
 def samples_section(samples: Sequence[Sample]) -> str:

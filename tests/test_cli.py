@@ -1,0 +1,173 @@
+"""The command line: exit statuses, one-line errors, complete help, a clean Ctrl-C."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sequencer2d.cli import DONE, PROBLEM, STOPPED, VERBS, WRONG_INPUT, main
+
+TINY = [
+    *("--model", "sequencer2d_conv_p_patch2_16", "--model-args.layers", "[1,1]", "--model-args.embed_dims", "[8,8]"),
+    *("--model-args.stem_widths", "[8]", "--model-args.hidden_sizes=[2,2]", "--batch-size", "64", "--epochs", "1"),
+]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "digits"
+    assert main(["train", "--config", "digits", *TINY, "--run-dir", str(run_dir)]) == DONE
+    return run_dir
+
+
+def test_hyphens_dots_and_recipes_reach_the_config(run_dir: Path) -> None:
+    text = (run_dir / "config.yaml").read_text()
+    assert "batch_size: 64" in text
+    assert "ema_decay: 0.99" in text  # the recipe's
+    assert "epochs: 1" in text  # the option's, not the recipe's
+
+
+def test_train_says_where_model_and_report_are(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["train", "--config", "digits", *TINY, "--run-dir", str(tmp_path / "run")]) == DONE
+    out = capsys.readouterr().out
+    assert str(tmp_path / "run" / "model.safetensors") in out
+    assert str(tmp_path / "run" / "report.html") in out
+    assert "test accuracy" in out
+
+
+def test_evaluate_prints_a_table_and_writes_json(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run_dir), "--split", "val", "--json", str(tmp_path / "e.json")]) == DONE
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert f"top-1 {result['top1']:.2%}" in out
+    assert result["split"] == "val"
+
+
+def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = sorted((run_dir / "samples").glob("*.png"))[:2]
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(good[0].read_bytes()[:60])
+    assert main(["predict", str(run_dir), str(good[0]), "--top-k", "3"]) == DONE
+    assert capsys.readouterr().out.count("%") == 3
+    status = main(["predict", str(run_dir), str(bad), *map(str, good), "--output", str(tmp_path / "p.jsonl")])
+    assert status == PROBLEM
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "bad.png" in lines[0]
+    assert lines[0].startswith("error")
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 3
+
+
+def test_models_lists_every_variant(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["models"]) == DONE
+    out = capsys.readouterr().out
+    for text in ("sequencer2d_s", "27.65 M", "38.31 M", "54.30 M", "sequencer2d_xs", "32² 16² 16² 16²"):
+        assert text in out
+    assert main(["models", "conv"]) == DONE
+    assert "sequencer2d_xs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train", "--data", "cifar11"], "cifar10"),
+        (["train", "--data", "nowhere/at/all"], "nowhere/at/all"),
+        (["train", "--model", "sequencer_s"], "sequencer2d_s"),
+        (["train", "--config", "digit"], "did you mean digits?"),
+        (["train", "--epochs", "0"], "epochs=0"),
+        (["train", "--epochs", "many"], "epochs"),
+        (["train", "--optim.lerning-rate", "1"], "lerning_rate"),
+        (["train", "--precision", "fp8"], "precision"),
+        (["train", "--resume", "nowhere"], "nowhere"),
+        (["train", "--augment.scale", "[2,1]"], "augment.scale"),
+        (["predict", "nowhere", "x.png"], "nowhere"),
+        (["predict"], "model"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["models", "--nothing"], "--nothing"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as error:  # argparse's way
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == WRONG_INPUT
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert hint in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    wanted = {
+        "train": "--config --model --data --data-root --epochs --max-minutes --batch-size --seed --run-dir --resume "
+        "--precision --backend --optim.learning-rate --augment.mixup-alpha",
+        "evaluate": "model --data --data-root --split --json",
+        "predict": "model paths --top-k --output",
+        "models": "contains",
+    }[verb]
+    for option in wanted.split():  # with an explanation, beside it or in the next line
+        assert re.search(rf"^  {option}\b([^\n]*  |[^\n]*\n {{10,}})\w", out, flags=re.MULTILINE), option
+
+
+def test_help_of_the_whole_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == DONE
+    assert all(verb in capsys.readouterr().out for verb in ["train"])
+    assert main(["--version"]) == DONE
+    assert main([]) == WRONG_INPUT
+
+
+def test_other_classes_or_a_foreign_file_are_wrong_input(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / "insects" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / "insects" / name / f"{number}.png")
+    assert main(["evaluate", str(run_dir), "--data", str(tmp_path / "insects")]) == WRONG_INPUT
+    assert "10 classes" in capsys.readouterr().err
+    (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04 a zip of pickles")
+    assert main(["predict", str(tmp_path / "weights.pth"), "x.png"]) == WRONG_INPUT
+    assert "pickle" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_with_status_75_and_the_run_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sequencer2d.cli", "train", "--config", "digits", *TINY]
+    command += ["--epochs", "400", "--run-dir", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("epoch 2:"):
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+        assert process.wait(timeout=60) == STOPPED
+    assert f"sequencer2d train --resume {tmp_path / 'run'}" in rest
+    assert "Traceback" not in rest
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
