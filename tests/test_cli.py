@@ -155,16 +155,21 @@ def test_other_classes_or_a_foreign_file_are_wrong_input(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_with_status_75_and_the_run_can_go_on(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_a_signal_stops_with_status_75_and_the_run_can_go_on(
+    number: signal.Signals, workers: int, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "sequencer2d.cli", "train", "--config", "digits", *TINY]
-    command += ["--epochs", "400", "--run-dir", str(tmp_path / "run")]
+    command += ["--epochs", "400", "--run-dir", str(tmp_path / "run"), "--num-workers", str(workers)]
+    command += ["--accumulate", "16"]  # a stop waits for the end of an update, for which workers must live on
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("epoch 2:"):
-                process.send_signal(number)
+                os.killpg(process.pid, number)  # as a terminal does: to the workers, too
                 break
         rest = process.stderr.read()
         assert process.wait(timeout=60) == STOPPED

@@ -1,5 +1,6 @@
 """How good is a model? Accuracy, loss, calibration and confusions on one split of a data set."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from sequencer2d.data.catalog import ImageData, ImageSet, load_data
+from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import eval_transform, normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.weights import ModelCard, load_model
+from sequencer2d.weights import ModelCard, find_model_file, load_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,9 @@ def evaluate(
         seed=trained.get("seed", 0),
     )
     check_classes(card, images)
+    run_dir = find_model_file(model).parent
+    if data is None and (run_dir / "split.json").exists():
+        check_split(run_dir, images)
     chosen = split or ("test" if images.test else "val")
     return evaluate_images(
         network,
@@ -127,6 +131,18 @@ def check_classes(card: ModelCard, data: ImageData) -> None:
         f"the model has {len(card.class_names)} classes and {data.name} has {len(data.class_names)}, not the same: "
         f"{'; '.join(details)}"
     )
+
+
+def check_split(run_dir: Path, data: ImageData) -> None:
+    """Raises ValueError if the images are no longer those that the run split, since then its parts would mix."""
+    saved = json.loads((run_dir / "split.json").read_text(encoding="utf-8"))
+    now = split_names(data)
+    if saved != now:
+        before, after = ({name for names in split.values() for name in names} for split in (saved, now))
+        raise ValueError(
+            f"the images of {data.name} are not those that {run_dir} was trained on: {len(after - before)} are new and "
+            f"{len(before - after)} are gone; restore them, or name data for an evaluation or another --run-dir"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sequencer2d import files
+from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
 from sequencer2d.training.run import train
@@ -230,6 +231,24 @@ def test_a_budget_of_time_ends_the_run_with_an_annealed_learning_rate(config: Tr
     assert result.minutes < 12 / 60
     rates = [row["learning_rate"] for row in rows(result.run_dir) if "learning_rate" in row]
     assert rates[-1] < 0.05 * max(rates)
+
+
+def test_a_run_goes_on_only_with_the_images_it_began_with(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        run_dir = train(config).run_dir
+    new = Path(config.data) / "red" / "new.png"
+    Image.new("RGB", (16, 16)).save(new)
+    (Path(config.data) / "blue" / "00.png").unlink()
+    with pytest.raises(ValueError, match="1 are new and 1 are gone"):
+        train(config)
+    with pytest.raises(ValueError, match="1 are new and 1 are gone"):
+        evaluate(run_dir, split="val")
+    make_images(Path(config.data) / "more", {"pink": (200, 40, 200)})
+    (Path(config.data) / "more" / "pink").rename(Path(config.data) / "pink")
+    (Path(config.data) / "more").rmdir()
+    with pytest.raises(ValueError, match="the model does not know pink"):
+        evaluate(run_dir, data=config.data)
 
 
 def test_unreadable_images_are_skipped_counted_and_named(config: TrainConfig) -> None:

@@ -5,6 +5,7 @@ can be repeated, and continued inside an epoch.
 """
 
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ class TrainLoader(DataLoader[Any]):
             batch_sampler=self.batches,
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=leave_ctrl_c_to_main,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -105,7 +107,11 @@ def eval_loader(
         for start in range(0, len(images), batch_size)
     ]
     return DataLoader(
-        TransformedImages(images, transform), batch_sampler=keys, collate_fn=collate, num_workers=num_workers
+        TransformedImages(images, transform),
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=leave_ctrl_c_to_main,
     )
 
 
@@ -175,6 +181,11 @@ class CachedImages(ImageSet):
                 self.free_bytes -= array.nbytes
                 self.decoded[index] = array
         return image
+
+
+def leave_ctrl_c_to_main(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too, which must live until the main process has finished its update."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def seed_generators(seed: int) -> None:

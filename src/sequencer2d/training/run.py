@@ -20,7 +20,7 @@ from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
 from sequencer2d.data.transforms import eval_transform, train_transform
-from sequencer2d.evaluation import Answers, Evaluation, evaluate_images, get_split
+from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
@@ -87,6 +87,8 @@ def train(config: TrainConfig) -> TrainResult:
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
+    if checkpoint.exists():
+        check_split(run_dir, data)
     run = _Run(config=config, run_dir=run_dir, data=data, preprocessing=_preprocessing(config))
     model = run.create_model()
     precision, reason = choose_precision(config.precision)
