@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -280,6 +280,28 @@ def test_a_loss_that_is_no_number_stops_with_advice(config: TrainConfig, monkeyp
         train(config)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_clipped_in_every_precision(
+    precision: Literal["fp32", "bf16"], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+    original = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        def observed() -> Any:
+            loss = closure()
+            gradients = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
+            norms.append(torch.stack(gradients).norm().item())
+            return loss
+
+        return original(self, observed)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    train(replace(config, precision=precision, optim=replace(config.optim, clip_grad_norm=1e-3), epochs=1))
+    assert norms
+    assert max(norms) == pytest.approx(1e-3, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -308,12 +330,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_model_whole(
     counter = itertools.count()
 
     def fsync(handle: int) -> None:
-        if next(counter) > 8:  # config, split and environment, then model and checkpoint of some epochs
+        if next(counter) > 5:  # config, split and environment, then model and checkpoint of an epoch or more
             raise OSError(errno.ENOSPC, "No space left on device")
         original(handle)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left .*(model\.safetensors|last\.ckpt)"):
         train(config)
     monkeypatch.undo()
     run_dir = Path(config.run_dir or "")

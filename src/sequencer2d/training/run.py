@@ -75,7 +75,6 @@ def train(config: TrainConfig) -> TrainResult:
         OSError: The run folder cannot be written to.
     """
     tune_allocator()
-    torch.set_flush_denormal(True)
     resumed_run = None if config.resume in ("auto", "never") else _run_of(Path(config.resume))
     if resumed_run:
         config = _load_config(resumed_run)
@@ -260,7 +259,6 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
             max_epochs=-1,
             max_steps=task.clock.total_updates,
             accumulate_grad_batches=config.accumulate,
-            gradient_clip_val=config.optim.clip_grad_norm,
             num_sanity_val_steps=0,
             log_every_n_steps=min(config.log_every, len(train_loader)),
             enable_progress_bar=False,
@@ -270,6 +268,7 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
             plugins=[AtomicCheckpointIO()],
             callbacks=[TrainingProgress(), StopOnSignal(checkpoint), KeepBest(checkpoint, save_best)],
         )
+        torch.set_flush_denormal(True)
         try:
             trainer.fit(
                 task,
@@ -280,6 +279,8 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
             )
         except StopRequested:
             return task, True
+        finally:
+            torch.set_flush_denormal(False)  # as it is by default
     return task, False
 
 

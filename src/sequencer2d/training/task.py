@@ -68,10 +68,16 @@ class SequencerTask(pl.LightningModule):
         return self.images_seen / (time.monotonic() - self.epoch_started)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW, fused; norms and biases are not decayed. The learning rate is set before every update."""
+        """AdamW; norms and biases are not decayed. The learning rate is set before every update."""
         optim = self.config.optim
         groups = param_groups_weight_decay(self.model, optim.weight_decay)
-        return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=True)
+        fused = self.trainer.precision != "16-mixed"  # fused, it unscales fp16 gradients only after the clipping
+        return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=fused)
+
+    def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **options: Any) -> None:
+        """Clips the norm over all parameters. (Lightning's own refuses fused optimisers in mixed precision.)"""
+        if self.config.optim.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
 
     def on_train_start(self) -> None:
         self.clock.start()
