@@ -42,7 +42,7 @@ _TINY = SequencerConfig(
     mlp_ratios=(3.0, 3.0),
 )
 _CONV_TINY = SequencerConfig(
-    layers=(3, 2),
+    layers=(2, 2),
     patch_sizes=(4, 2),
     embed_dims=(128, 256),
     hidden_sizes=(32, 64),

@@ -55,6 +55,7 @@ class TrainResult:
     run_dir: Path
     finished: bool
     """False if it was asked to stop; train with the same options again to continue."""
+    num_parameters: int
     updates: int
     minutes: float
     """Wall-clock of the training, validation included, data loading and final evaluation not."""
@@ -95,7 +96,11 @@ def train(config: TrainConfig) -> TrainResult:
     run.write_description()
     task, stopped = _fit(run, model, precision, checkpoint)
     result = TrainResult(
-        run_dir=run_dir, finished=not stopped, updates=task.global_step, minutes=task.clock.elapsed_s / 60
+        run_dir=run_dir,
+        finished=not stopped,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        updates=task.global_step,
+        minutes=task.clock.elapsed_s / 60,
     )
     return result if stopped else _finish(run, task, result)
 
@@ -312,7 +317,7 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     write_report(
         run.run_dir / "report.html",
         title=run.run_dir.name,
-        summary=_summary(run, model, result),
+        summary=_summary(run, result),
         metrics=[{name: value for name, value in row.items() if value is not None} for row in rows],
         evaluation=evaluation.to_dict(),
         samples=samples,
@@ -327,13 +332,12 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     return result
 
 
-def _summary(run: _Run, model: Sequencer2D, result: TrainResult) -> dict[str, str]:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def _summary(run: _Run, result: TrainResult) -> dict[str, str]:
     machine = describe_machine()
     return {
         "Best validation accuracy": f"{result.val_top1:.2%}",
         "Data": f"{run.data.name}, {len(run.data.train):,} training images, {len(run.data.class_names)} classes",
-        "Model": f"{run.config.model}, {parameters / 1e6:.2f} M parameters, {run.preprocessing.image_size} pixels",
+        "Model": f"{run.config.model}, {result.num_parameters / 1e6:.2f} M parameters, {run.preprocessing.image_size} pixels",
         "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
         "Machine": f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads",
     }
