@@ -1,6 +1,6 @@
 """Writes docs/results.md and its curves from the summaries of runs in docs/results/.
 
-`python docs/make_results.py` writes the page anew; `python docs/make_results.py RUN_DIR …` takes up finished runs first.
+`python docs/make_results.py` writes the page anew; `python docs/make_results.py RUN_DIR …` takes up runs first.
 """
 
 import json

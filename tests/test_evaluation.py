@@ -86,7 +86,9 @@ def test_the_batch_size_changes_nothing(grey_steps: FileImages) -> None:
 
 def test_the_val_split_is_that_of_the_training_and_test_is_the_default(tmp_path: Path) -> None:
     args = {"layers": [1, 1], "embed_dims": [8, 8], "hidden_sizes": [2, 2], "stem_widths": [8]}
-    config = TrainConfig(epochs=1, seed=7, val_fraction=0.2, run_dir=str(tmp_path / "run"), model_args=args)
+    config = TrainConfig(
+        epochs=1, seed=7, val_fraction=0.2, precision="fp32", run_dir=str(tmp_path / "run"), model_args=args
+    )
     result = train(config)
     again = evaluate(result.run_dir)
     assert again.split == "test"

@@ -48,7 +48,8 @@ def train(arguments: list[str]) -> int:
     tune_allocator()  # before torch is imported
     parser = VerbParser("sequencer2d train", description="Train a Sequencer2D; without options: the embedded digits.")
     add_config_options(parser)
-    if not any(argument.startswith(("--config", "--data", "--resume")) for argument in arguments):
+    given = [argument.partition("=")[0] for argument in arguments]
+    if not {"--config", "--data", "--resume"} & set(given):
         arguments = ["--config", "digits", *arguments]
     for position, argument in enumerate(arguments):
         if argument == "--config" and position + 1 < len(arguments):

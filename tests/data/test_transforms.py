@@ -21,7 +21,7 @@ POLICY = "rand-m9-mstd0.5-inc1"
 
 def augment(image_size: int, **options) -> AugmentConfig:
     """Resolved, as a run would."""
-    config = TrainConfig(augment=AugmentConfig(**options))
+    config = TrainConfig(data="photos", augment=AugmentConfig(**options))
     return resolve(config, model="any", image_size=image_size, crop_pct=1.0).augment
 
 

@@ -39,11 +39,18 @@ def test_large_images_are_augmented_as_in_the_paper_and_small_ones_gently() -> N
 
 
 def test_resolve_leaves_what_was_chosen_and_is_idempotent() -> None:
-    augment = AugmentConfig(crop="padded", auto_augment="none", random_erasing=0.0, mixup_alpha=0.0, cutmix_alpha=0.5)
+    augment = AugmentConfig(
+        crop="padded", hflip=0.1, auto_augment="none", random_erasing=0.0, mixup_alpha=0.0, cutmix_alpha=0.5
+    )
     optim = OptimConfig(learning_rate=0.0, warmup_epochs=0.0)
     config = resolved(TrainConfig(augment=augment, optim=optim, num_workers=0))
     assert (config.augment, config.optim, config.num_workers) == (augment, optim, 0)
     assert resolved(resolved(TrainConfig())) == resolved(TrainConfig())
+
+
+def test_digits_are_not_flipped() -> None:
+    assert resolved(TrainConfig(data="digits")).augment.hflip == 0.0
+    assert resolved(TrainConfig(data="photos")).augment.hflip == 0.5
 
 
 def test_the_learning_rate_follows_the_images_per_update() -> None:

@@ -262,6 +262,14 @@ def test_unreadable_images_are_skipped_counted_and_named(config: TrainConfig) ->
     assert "03.png" in (result.run_dir / "report.html").read_text()
 
 
+def test_validation_images_of_which_none_can_be_read_are_an_error(config: TrainConfig, tmp_path: Path) -> None:
+    make_images(tmp_path / "split" / "train", count=3)
+    for path in make_images(tmp_path / "split" / "val", count=1).rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(TrainingError, match="not one validation image"):
+        train(replace(config, data=str(tmp_path / "split")))
+
+
 def test_fine_tuning_begins_a_new_head_for_other_classes(config: TrainConfig, tmp_path: Path) -> None:
     donor = train(replace(config, epochs=1)).run_dir
     two = make_images(tmp_path / "two", {"cyan": (40, 200, 200), "pink": (200, 40, 200)})

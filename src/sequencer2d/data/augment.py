@@ -19,8 +19,8 @@ class AugmentConfig:
     """Area of a random-resized crop, as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio of a random-resized crop."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
+    hflip: float | None = None
+    """Probability of a horizontal flip. Default: 0.5, and 0 for digits."""
     auto_augment: str | None = None
     """timm's RandAugment policy, such as rand-m9-mstd0.5-inc1; 'none' for none."""
     random_erasing: float | None = None

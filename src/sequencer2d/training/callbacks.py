@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from sequencer2d.files import write_atomic
-from sequencer2d.training.task import SequencerTask
+from sequencer2d.training.task import SequencerTask, TrainingError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -80,8 +80,10 @@ class KeepBest(pl.Callback):
             return
         assert isinstance(pl_module, SequencerTask)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if metrics.get("valid_acc", 0.0) > self.best:
-            self.best = metrics.get("valid_acc", 0.0)
+        if "valid_acc" not in metrics:
+            raise TrainingError("not one validation image could be read; see the skipped ones above")
+        if metrics["valid_acc"] > self.best:
+            self.best = metrics["valid_acc"]
             self.save_best(pl_module, {**metrics, "updates": trainer.global_step})
         trainer.save_checkpoint(self.checkpoint)
 

@@ -81,7 +81,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
     backend: Literal["auto", "torch"] = "auto"
-    """Implementation of the LSTMs."""
+    """Implementation of the LSTMs; there is one so far."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
     num_workers: int | None = None
@@ -130,6 +130,7 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
         crop_pct=crop_pct,
         augment=replace(
             augment,
+            hflip=_default(augment.hflip, 0.0 if config.data == "digits" else 0.5),
             crop=_default(augment.crop, "padded" if small else "random-resized"),
             auto_augment=_default(augment.auto_augment, "none" if small else "rand-m9-mstd0.5-inc1"),
             random_erasing=_default(augment.random_erasing, 0.0 if small else 0.25),

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def describe_machine() -> dict[str, Any]:
 
     packages = ("sequencer2d", "torch", "torchvision", "timm", "pytorch-lightning", "numpy", "pillow")
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

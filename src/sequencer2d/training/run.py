@@ -337,7 +337,8 @@ def _summary(run: _Run, result: TrainResult) -> dict[str, str]:
     return {
         "Best validation accuracy": f"{result.val_top1:.2%}",
         "Data": f"{run.data.name}, {len(run.data.train):,} training images, {len(run.data.class_names)} classes",
-        "Model": f"{run.config.model}, {result.num_parameters / 1e6:.2f} M parameters, {run.preprocessing.image_size} pixels",
+        "Model": f"{run.config.model}, {run.preprocessing.image_size} pixels",
+        "Parameters": f"{result.num_parameters / 1e6:.2f} M",
         "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
         "Machine": f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads",
     }

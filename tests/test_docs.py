@@ -1,0 +1,44 @@
+"""The results page is what its command makes of the committed run summaries."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture
+def make_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, writing into a copy of the summaries."""
+    spec = importlib.util.spec_from_file_location("make_results", DOCS / "make_results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for path in (DOCS / "results").rglob("*"):
+        if path.suffix in (".json", ".jsonl", ".yaml"):
+            copy = tmp_path / path.relative_to(DOCS)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    monkeypatch.setattr(module, "DOCS", tmp_path)
+    return module
+
+
+def test_the_page_and_its_curves_are_as_generated(make_results: ModuleType, tmp_path: Path) -> None:
+    make_results.main([])
+    assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
+    for curve in (DOCS / "results").rglob("*.svg"):
+        assert (tmp_path / curve.relative_to(DOCS)).exists()
+
+
+def test_results_name_commit_machine_and_command_and_no_path_of_a_machine() -> None:
+    for folder in (path for path in (DOCS / "results").iterdir() if path.is_dir()):
+        environment = json.loads((folder / "environment.json").read_text())
+        assert environment["commit"]
+        assert not environment["commit"].endswith("+"), "run it from a clean checkout"
+        assert environment["cpu"]
+        assert environment["command"].startswith("sequencer2d train")
+        assert "/home" not in (folder / "config.yaml").read_text()
