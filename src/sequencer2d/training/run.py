@@ -313,17 +313,18 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     result = replace(result, val_top1=card.training["val_top1"], evaluation=evaluation, skipped=skipped)
     samples = _samples(run, images, answers)
     _write_samples(run.run_dir / "samples", samples)
+    environment = json.loads((run.run_dir / "environment.json").read_text())
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     write_report(
         run.run_dir / "report.html",
         title=run.run_dir.name,
-        summary=_summary(run, result),
+        summary=_summary(run, result, environment),
         metrics=[{name: value for name, value in row.items() if value is not None} for row in rows],
         evaluation=evaluation.to_dict(),
         samples=samples,
         skipped=skipped,
         config=yaml.safe_dump(run.config.to_dict(), sort_keys=False),
-        environment=describe_machine(),
+        environment=environment,
     )
     write_atomic(
         run.run_dir / "result.json",
@@ -332,15 +333,14 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     return result
 
 
-def _summary(run: _Run, result: TrainResult) -> dict[str, str]:
-    machine = describe_machine()
+def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dict[str, str]:
     return {
         "Best validation accuracy": f"{result.val_top1:.2%}",
         "Data": f"{run.data.name}, {len(run.data.train):,} training images, {len(run.data.class_names)} classes",
         "Model": f"{run.config.model}, {run.preprocessing.image_size} pixels",
         "Parameters": f"{result.num_parameters / 1e6:.2f} M",
         "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
-        "Machine": f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads",
+        "Machine": f"{environment['gpu'] or environment['cpu']}, {environment['threads']} threads",
     }
 
 
