@@ -20,6 +20,7 @@ from sequencer2d import files
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
+from sequencer2d.training.muon import Muon
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask, TrainingError
 from sequencer2d.weights import ModelFileError, load_model
@@ -148,10 +149,17 @@ def test_validation_images_are_never_trained_on(config: TrainConfig, monkeypatch
     assert not seen[True] & seen[False]
 
 
-@pytest.mark.parametrize("batch", [0, 4, 5, 7, 17])
+@pytest.mark.parametrize(
+    ("batch", "optimizer"), [(0, "adamw"), (4, "adamw"), (5, "adamw"), (7, "adamw"), (17, "adamw"), (7, "muon")]
+)
 def test_a_stopped_run_continues_as_if_it_had_not_stopped(
-    batch: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    batch: int,
+    optimizer: Literal["adamw", "muon"],
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    config = replace(config, optim=replace(config.optim, optimizer=optimizer))
     whole = train(replace(config, run_dir=str(tmp_path / "whole")))
     with monkeypatch.context() as patch:
         stop_at(patch, batch)
@@ -288,14 +296,20 @@ def test_a_loss_that_is_no_number_stops_with_advice(config: TrainConfig, monkeyp
         train(config)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon"), ("bf16", "muon")]
+)
 def test_gradients_are_clipped_in_every_precision(
-    precision: Literal["fp32", "bf16"], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    precision: Literal["fp32", "bf16"],
+    optimizer: Literal["adamw", "muon"],
+    config: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     norms: list[float] = []
-    original = torch.optim.AdamW.step
+    kind = Muon if optimizer == "muon" else torch.optim.AdamW
+    original: Callable[..., Any] = kind.step
 
-    def step(self: torch.optim.AdamW, closure: Any = None) -> Any:
+    def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
         def observed() -> Any:
             loss = closure()
             gradients = [p.grad.norm() for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -304,8 +318,9 @@ def test_gradients_are_clipped_in_every_precision(
 
         return original(self, observed)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    train(replace(config, precision=precision, optim=replace(config.optim, clip_grad_norm=1e-3), epochs=1))
+    monkeypatch.setattr(kind, "step", step)
+    optim = replace(config.optim, optimizer=optimizer, clip_grad_norm=1e-3)
+    train(replace(config, precision=precision, optim=optim, epochs=1))
     assert norms
     assert max(norms) == pytest.approx(1e-3, rel=1e-3)
 

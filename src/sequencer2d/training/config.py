@@ -14,8 +14,10 @@ from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig, check_rang
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate: linear warm-up, cosine to the minimum, cool-down at the minimum; set per update."""
+    """The optimiser and its learning rate: linear warm-up, cosine to the minimum, cool-down there; set per update."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """The paper's, or Muon for the matrices and AdamW for the rest: slower steps, of which far fewer are needed."""
     learning_rate: float | None = None
     """Peak. Default: the paper's 2e-3 at 2,048 images per update, by the square root."""
     min_learning_rate: float = 1e-6
@@ -30,6 +32,8 @@ class OptimConfig:
     """Of matrices and kernels; norms and biases are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's."""
+    momentum: float = 0.95
+    """Muon's."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; none by default."""
     ema_decay: float | None = None
@@ -44,6 +48,8 @@ class OptimConfig:
             check_range(f"optim.{name}", getattr(self, name), 0, math.inf)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay={self.ema_decay} must lie in (0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum={self.momentum} must lie in [0, 1)")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must lie in [0, 1)")
 

@@ -21,6 +21,7 @@ from sequencer2d.data.transforms import normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.muon import Muon, muon_groups
 from sequencer2d.training.schedule import Clock, learning_rate
 
 log = logging.getLogger("sequencer2d")
@@ -68,8 +69,12 @@ class SequencerTask(pl.LightningModule):
         return self.images_seen / (time.monotonic() - self.epoch_started)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; norms and biases are not decayed. The learning rate is set before every update."""
+        """Norms and biases are not decayed. The learning rate is set before every update."""
         optim = self.config.optim
+        if optim.optimizer == "muon":
+            groups = muon_groups(self.model, optim.weight_decay)
+            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+            return Muon(groups, optim.learning_rate or 0.0, momentum=optim.momentum, betas=optim.betas, dtype=dtype)
         groups = param_groups_weight_decay(self.model, optim.weight_decay)
         fused = self.trainer.precision != "16-mixed"  # fused, it unscales fp16 gradients only after the clipping
         return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=fused)
