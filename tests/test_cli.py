@@ -151,7 +151,19 @@ def test_other_classes_or_a_foreign_file_are_wrong_input(
     assert "10 classes" in capsys.readouterr().err
     (tmp_path / "weights.pth").write_bytes(b"PK\x03\x04 a zip of pickles")
     assert main(["predict", str(tmp_path / "weights.pth"), "x.png"]) == WRONG_INPUT
-    assert "pickle" in capsys.readouterr().err
+    assert "weights.pth cannot be read as weights" in capsys.readouterr().err
+
+
+def test_models_prints_what_an_image_costs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["models", "sequencer2d_s"]) == DONE
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert re.search(r"sequencer2d_s +27\.65 M +224² +8\.36 G", shown)
+    assert main(["models", "sequencer2d_s", "--image-size", "448"]) == DONE
+    assert re.search(r"sequencer2d_s +27\.65 M +448² +33\.42 G", capsys.readouterr().out)
+    assert main(["models", "--image-size", "0"]) == WRONG_INPUT
+    assert "--image-size 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""BiLSTM2D computes its equations, on columns and rows, and no layer loses a border."""
+"""Every mixer computes its equations and has their symmetries, and no layer loses a border."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -7,51 +9,153 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequencer2d.layers import BiLSTM2D, ConvPatchEmbed, Downsample2D, PatchEmbed, Sequencer2DBlock, pad_to_multiple
+from reference import rnn_by_hand
+from sequencer2d.layers import (
+    MIXERS,
+    AddBiLSTM2D,
+    BiLSTM2D,
+    ConvPatchEmbed,
+    Downsample2D,
+    HorizontalBiLSTM,
+    PatchEmbed,
+    PositionEmbedding,
+    Sequencer2DBlock,
+    ShuffleTokens,
+    VerticalBiLSTM,
+    pad_to_multiple,
+)
+
+SIZES = {"UnfusedBiLSTM2D": 2, "VerticalBiLSTM": 4, "HorizontalBiLSTM": 4, "BiLSTM1D": 4}
+"""Hidden sizes of the mixers that have no linear layer, for 8 channels."""
 
 
-def lstm_by_hand(tokens: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor) -> Tensor:
-    """One direction of an LSTM over tokens [T, C], one step after the other; gates in PyTorch's order."""
-    hidden_size = weight_hh.shape[1]
-    h = c = torch.zeros(hidden_size, dtype=tokens.dtype)
+def make_mixer(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return MIXERS[name](8, SIZES.get(name, 3)).double()
+
+
+def mix_by_hand(mixer: nn.Module, x: Tensor) -> Tensor:
+    """What a mixer does to a feature map `[B, H, W, C]`, from the equations (paper, 3 to 6), place by place."""
+    H, W = x.shape[1:3]
+    parts: dict[str, Any] = dict(mixer.named_children())
+    if "rnn" in parts:
+        return rnn_by_hand(parts["rnn"], torch.stack([x[:, i // W, i % W] for i in range(H * W)], dim=1)).reshape(
+            x.shape
+        )
     outputs = []
-    for x in tokens:
-        i, f, g, o = (weight_ih @ x + bias_ih + weight_hh @ h + bias_hh).split(hidden_size)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        outputs.append(h)
-    return torch.stack(outputs)
+    if "rnn_v" in parts:
+        outputs.append(torch.stack([rnn_by_hand(parts["rnn_v"], x[:, :, w]) for w in range(W)], dim=2))
+    if "rnn_h" in parts:
+        outputs.append(torch.stack([rnn_by_hand(parts["rnn_h"], x[:, h]) for h in range(H)], dim=1))
+    y = outputs[0] + outputs[1] if isinstance(mixer, AddBiLSTM2D) else torch.cat(outputs, dim=-1)
+    fc = parts.get("fc")
+    return y @ fc.weight.T + fc.bias if isinstance(fc, nn.Linear) else y
 
 
-def bilstm_by_hand(lstm: nn.LSTM, tokens: Tensor) -> Tensor:
-    weights = [getattr(lstm, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    reverse = [getattr(lstm, f"{name}_l0_reverse") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-    backward = lstm_by_hand(tokens.flip(0), *reverse).flip(0)
-    return torch.cat([lstm_by_hand(tokens, *weights), backward], dim=-1)
+SHAPES = {"batch": st.integers(1, 3), "height": st.integers(1, 6), "width": st.integers(1, 6)}
 
 
-def test_bilstm2d_equals_the_equations() -> None:
-    """Equations 3 to 6 of the paper, in float64, on a grid whose sides differ."""
-    torch.manual_seed(0)
-    layer = BiLSTM2D(input_size=3, hidden_size=2).double()
-    x = torch.randn(2, 4, 5, 3, dtype=torch.float64)
-    expected = torch.empty_like(x)
-    for b in range(2):
-        vertical = torch.stack([bilstm_by_hand(layer.rnn_v, x[b, :, w]) for w in range(5)], dim=1)
-        horizontal = torch.stack([bilstm_by_hand(layer.rnn_h, x[b, h]) for h in range(4)], dim=0)
-        expected[b] = torch.cat([vertical, horizontal], dim=-1) @ layer.fc.weight.T + layer.fc.bias
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("name", MIXERS)
+@settings(deadline=None, max_examples=10)
+@given(**SHAPES)
+def test_every_mixer_equals_its_equations(name: str, batch: int, height: int, width: int) -> None:
+    mixer, x = make_mixer(name), torch.randn(batch, height, width, 8, dtype=torch.float64)
+    torch.testing.assert_close(mixer(x), mix_by_hand(mixer, x), rtol=0, atol=1e-12)
 
 
-def test_transposing_the_image_swaps_the_two_lstms() -> None:
-    torch.manual_seed(0)
-    layer, swapped = BiLSTM2D(6, 4).double(), BiLSTM2D(6, 4).double()
-    vertical, horizontal = layer.fc.weight.chunk(2, dim=1)
-    swapped.rnn_v.load_state_dict(layer.rnn_h.state_dict())
-    swapped.rnn_h.load_state_dict(layer.rnn_v.state_dict())
-    swapped.fc.load_state_dict({"weight": torch.cat([horizontal, vertical], dim=1), "bias": layer.fc.bias})
-    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(swapped(x.transpose(1, 2)), layer(x).transpose(1, 2), rtol=0, atol=1e-12)
+def swapped_axes(mixer: nn.Module) -> nn.Module:
+    """The same mixer with the vertical and the horizontal weights exchanged."""
+    if isinstance(mixer, VerticalBiLSTM | HorizontalBiLSTM):
+        other = make_mixer("HorizontalBiLSTM" if isinstance(mixer, VerticalBiLSTM) else "VerticalBiLSTM")
+    else:
+        other = make_mixer(type(mixer).__name__)
+    state = {}
+    for key, tensor in mixer.state_dict().items():
+        key = {"rnn_v": "rnn_h", "rnn_h": "rnn_v"}.get(key[:5], key[:5]) + key[5:]
+        if key == "fc.weight" and not isinstance(mixer, AddBiLSTM2D):
+            tensor = torch.cat(tensor.chunk(2, dim=1)[::-1], dim=1)
+        state[key] = tensor
+    other.load_state_dict(state)
+    return other
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("BiLSTM1D", "UnfusedBiLSTM2D")])
+@settings(deadline=None, max_examples=10)
+@given(**SHAPES)
+def test_transposing_the_image_swaps_vertical_and_horizontal(name: str, batch: int, height: int, width: int) -> None:
+    mixer, x = make_mixer(name), torch.randn(batch, height, width, 8, dtype=torch.float64)
+    expected = mixer(x).transpose(1, 2)
+    torch.testing.assert_close(swapped_axes(mixer)(x.transpose(1, 2)), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["BiLSTM2D", "BiGRU2D", "BiRNN2D"])
+@settings(deadline=None, max_examples=10)
+@given(**SHAPES)
+def test_flipping_the_image_swaps_the_directions(name: str, batch: int, height: int, width: int) -> None:
+    """Left and right exchanged in the weights of the horizontal layer, the image mirrored: the output is mirrored."""
+    mixer, mirrored = make_mixer(name), make_mixer(name, seed=1)
+    x = torch.randn(batch, height, width, 8, dtype=torch.float64)
+    state = mixer.state_dict()
+    exchanged = dict(state)
+    for key in [key for key in state if key.startswith("rnn_h")]:
+        partner = key.removesuffix("_reverse") if key.endswith("_reverse") else f"{key}_reverse"
+        exchanged[key] = state[partner]
+    down, up, right, left = state["fc.weight"].chunk(4, dim=1)
+    fc = torch.cat([down, up, left, right], dim=1)
+    mirrored.load_state_dict({**exchanged, "fc.weight": fc})
+    torch.testing.assert_close(mirrored(x.flip(2)), mixer(x).flip(2), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_order_and_company_in_a_batch_do_not_matter(name: str) -> None:
+    mixer, x = make_mixer(name), torch.randn(4, 3, 5, 8, dtype=torch.float64)
+    order = [2, 0, 3, 1]
+    torch.testing.assert_close(mixer(x[order]), mixer(x)[order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat([mixer(image[None]) for image in x]), mixer(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_are_deterministic_and_take_any_memory_layout(name: str) -> None:
+    mixer, x = make_mixer(name), torch.randn(2, 8, 3, 5, dtype=torch.float64).permute(0, 2, 3, 1)
+    assert not x.is_contiguous()
+    assert torch.equal(mixer(x), mixer(x))
+    assert torch.equal(mixer(x), mixer(x.contiguous()))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_precision_is_that_of_the_weights_or_of_autocast(name: str) -> None:
+    mixer, x = make_mixer(name).float(), torch.randn(2, 3, 5, 8)
+    exact = mixer(x)
+    assert exact.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = mixer(x)
+    error = (rough.float() - exact).norm() / exact.norm()
+    assert error < 0.03
+    assert (mixer.double()(x.double()) - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["UnfusedBiLSTM2D", "VerticalBiLSTM", "HorizontalBiLSTM", "BiLSTM1D"])
+def test_without_a_linear_layer_the_widths_must_agree(name: str) -> None:
+    with pytest.raises(ValueError, match=r"put out (20|10) channels where the block has 8"):
+        MIXERS[name](8, 5)
+
+
+def test_shuffling_permutes_the_tokens_in_training_only() -> None:
+    layer, x = ShuffleTokens(), torch.arange(24.0).reshape(1, 3, 4, 2).expand(2, -1, -1, -1)
+    shuffled = layer(x)
+    assert not torch.equal(shuffled, x)
+    assert torch.equal(shuffled[0], shuffled[1])
+    assert torch.equal(shuffled.flatten(1, 2).sort(dim=1).values, x.flatten(1, 2))
+    assert layer.eval()(x) is x
+
+
+def test_a_position_embedding_is_added_and_fits_any_grid() -> None:
+    layer = PositionEmbedding((4, 4), 3)
+    nn.init.constant_(layer.weight, 2.0)
+    x = torch.randn(2, 6, 3, 3)
+    torch.testing.assert_close(layer(x), x + 2)
+    nn.init.normal_(layer.weight)
+    torch.testing.assert_close(layer(torch.zeros(1, 4, 4, 3)), layer.weight.data)
 
 
 def test_a_token_sees_its_row_and_its_column_and_nothing_else() -> None:

@@ -15,10 +15,11 @@ import sequencer2d
 SRC = Path(sequencer2d.__file__).parent
 
 TIERS: list[set[str]] = [
-    {"files", "layers", "preprocessing"},
+    {"files", "hub", "layers", "preprocessing"},
     {"model"},
+    {"adapters", "flops"},
     {"zoo"},
-    {"weights"},
+    {"registry", "weights"},
     {"data"},
     {"evaluation", "prediction", "visualize"},
     {"training"},

@@ -204,6 +204,10 @@ def test_without_classes_the_model_returns_the_pooled_features(tiny_config: Sequ
         ("stem_widths", (4, 8)),
         ("stem_widths", (4,)),
         ("stem_widths", (0,)),
+        ("mixer", "Attention"),
+        ("global_pool", ""),
+        ("pos_embed_size", (4,)),
+        ("pos_embed_size", (4, 0)),
     ],
 )
 def test_an_impossible_architecture_is_an_error_that_names_the_field(

@@ -28,10 +28,11 @@ def test_the_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert main([*arguments, *quick]) == DONE
 
 
-def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
-    exec(compile(code, "README.md", "exec"), {})
+    assert len(blocks("python")) == 2
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "runs" / "digits-from-python" / "model.safetensors").exists()
 
 

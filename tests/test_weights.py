@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sequencer2d import files
+from sequencer2d.adapters import ModelFileError
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.weights import FORMAT, ModelCard, ModelFileError, load_model, load_weights_into, save_model
+from sequencer2d.weights import FORMAT, ModelCard, load_model, load_weights_into, save_model
+from sequencer2d.zoo import create_model
 
 CLASSES = ("猫", 'dog "Rex"', "naïve, ligne\n2", "", "🐟")
 
@@ -99,6 +101,8 @@ def test_a_card_needs_a_name_for_every_class(card: ModelCard) -> None:
 def test_loading_nothing_names_the_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
         load_model(tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"hf-hub:user/name, or one of sequencer2d_s, sequencer2d_m"):
+        load_model("sequencer2d_xs")
 
 
 def test_loading_an_unfinished_run_says_how_to_go_on(tmp_path: Path) -> None:
@@ -124,10 +128,10 @@ class Exploit:
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_a_pickle_is_refused_and_never_opened(legacy: bool, tmp_path: Path) -> None:
+def test_a_pickle_that_would_run_code_is_refused(legacy: bool, tmp_path: Path) -> None:
     path, marker = tmp_path / "model.pth", tmp_path / "marker"
     torch.save({"state_dict": Exploit(marker)}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ModelFileError, match=r"model\.pth.*PyTorch pickle, which is not opened"):
+    with pytest.raises(ModelFileError, match=r"model\.pth cannot be read as weights: it holds objects that could run"):
         load_model(path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Exploit(marker)))
@@ -141,10 +145,26 @@ def test_a_truncated_file_is_an_error(keep: int, saved: Path) -> None:
         load_model(saved)
 
 
-def test_weights_without_our_description_are_an_error_with_the_way_to_load_them(tmp_path: Path) -> None:
-    save_file({"weight": torch.zeros(2)}, tmp_path / "timm.safetensors")
-    with pytest.raises(ModelFileError, match=r"timm\.safetensors holds weights but not the description.*create_model"):
-        load_model(tmp_path / "timm.safetensors")
+def test_weights_of_something_else_are_an_error(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelFileError, match=r"other\.safetensors holds no weights of a Sequencer, but weight"):
+        load_model(tmp_path / "other.safetensors")
+
+
+def test_weights_without_our_description_are_described_by_their_shapes(model: Sequencer2D, tmp_path: Path) -> None:
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    loaded, card = load_model(tmp_path / "bare.safetensors")
+    assert_same_weights(loaded, model)
+    assert card.config == replace(model.config, drop_path_rate=0.0)
+    assert card.class_names == ("0", "1", "2", "3", "4")
+
+
+def test_published_weights_have_imagenets_classes_and_their_variants_preprocessing(tmp_path: Path) -> None:
+    shallow = create_model("sequencer2d_s", layers=(1, 1, 1, 1))
+    save_file(shallow.state_dict(), tmp_path / "model.safetensors")
+    _, card = load_model(tmp_path / "model.safetensors")
+    assert (card.class_names[0], len(card.class_names)) == ("n01440764", 1000)
+    assert card.preprocessing == Preprocessing(image_size=224, crop_pct=0.875)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +242,7 @@ def test_weights_for_other_classes_leave_the_head_as_it_began(
     classes: tuple[str, ...], saved: Path, model: Sequencer2D, card: ModelCard
 ) -> None:
     fresh = Sequencer2D(replace(card.config, num_classes=len(classes)))
-    assert load_weights_into(fresh, saved, classes) == ["head.fc.weight", "head.fc.bias"]
+    assert load_weights_into(fresh, saved, classes) == ["classifier of 5 other classes begun anew"]
     for name, tensor in fresh.state_dict().items():
         expected = torch.zeros_like(tensor) if name.startswith("head") else model.state_dict()[name]
         assert torch.equal(tensor, expected), name

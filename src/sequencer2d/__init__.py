@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from sequencer2d.prediction import predict
     from sequencer2d.training.config import TrainConfig
     from sequencer2d.training.run import train
-    from sequencer2d.weights import load_model, save_model
+    from sequencer2d.weights import from_pretrained, load_model, push_to_hub, save_model
     from sequencer2d.zoo import create_model, list_models
 
 _HOME = {
     "TrainConfig": "sequencer2d.training.config",
     "create_model": "sequencer2d.zoo",
     "evaluate": "sequencer2d.evaluation",
+    "from_pretrained": "sequencer2d.weights",
     "list_models": "sequencer2d.zoo",
     "load_model": "sequencer2d.weights",
     "predict": "sequencer2d.prediction",
+    "push_to_hub": "sequencer2d.weights",
     "save_model": "sequencer2d.weights",
     "train": "sequencer2d.training.run",
 }
@@ -31,9 +33,11 @@ __all__ = [
     "TrainConfig",
     "create_model",
     "evaluate",
+    "from_pretrained",
     "list_models",
     "load_model",
     "predict",
+    "push_to_hub",
     "save_model",
     "train",
 ]

@@ -7,6 +7,7 @@ Feature maps are channels-last, `[B, H, W, C]`; images are `[B, C, H, W]`. Param
 import torch
 from jaxtyping import Float
 from timm.layers import DropPath, Mlp
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,30 +22,150 @@ class BiLSTM2D(nn.Module):
     Example: `BiLSTM2D(192, 48)(torch.randn(2, 32, 32, 192)).shape == (2, 32, 32, 192)`
     """
 
+    cell: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] = nn.LSTM
+    bidirectional = True
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.rnn_v = self.cell(input_size, hidden_size, batch_first=True, bidirectional=self.bidirectional)
+        self.rnn_h = self.cell(input_size, hidden_size, batch_first=True, bidirectional=self.bidirectional)
+        self.fc = nn.Linear(2 * output_size(self.rnn_v), input_size)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        return self.fc(torch.cat([over_columns(self.rnn_v, x), over_rows(self.rnn_h, x)], dim=-1))
+
+
+def over_columns(rnn: nn.Module, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W D"]:
+    """Runs a recurrent layer from top to bottom (and back up, where it is bidirectional)."""
+    return over_rows(rnn, x.transpose(1, 2)).transpose(1, 2)
+
+
+def over_rows(rnn: nn.Module, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W D"]:
+    """Runs a recurrent layer from left to right (and back, where it is bidirectional)."""
+    B, H, W, C = x.shape
+    y, _ = rnn(x.reshape(B * H, W, C))
+    return y.reshape(B, H, W, -1)
+
+
+def output_size(rnn: nn.RNNBase) -> int:
+    """Channels that a recurrent layer puts out, both directions together."""
+    return rnn.hidden_size * (2 if rnn.bidirectional else 1)
+
+
+# The ablations of the paper (tables 3 and 6; the official code's models/layers.py): each changes one thing.
+
+
+class LSTM2D(BiLSTM2D):
+    """One direction only: down and to the right."""
+
+    bidirectional = False
+
+
+class BiGRU2D(BiLSTM2D):
+    """GRUs instead of LSTMs."""
+
+    cell = nn.GRU
+
+
+class BiRNN2D(BiLSTM2D):
+    """Plain RNNs (tanh) instead of LSTMs."""
+
+    cell = nn.RNN
+
+
+class AddBiLSTM2D(BiLSTM2D):
+    """Adds the vertical and the horizontal output instead of concatenating them."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size)
+        self.fc = nn.Linear(output_size(self.rnn_v), input_size)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        return self.fc(over_columns(self.rnn_v, x) + over_rows(self.rnn_h, x))
+
+
+class UnfusedBiLSTM2D(BiLSTM2D):
+    """Without the linear layer: the concatenated outputs are the result, so `4·D` must be `C`."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size)
+        self.fc = nn.Identity()
+        check_width(2 * output_size(self.rnn_v), input_size)
+
+
+class VerticalBiLSTM(nn.Module):
+    """Columns only, without a linear layer, so `2·D` must be `C`."""
+
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.rnn_v = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
-        self.rnn_h = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
-        self.fc = nn.Linear(4 * hidden_size, input_size)
+        check_width(output_size(self.rnn_v), input_size)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        B, H, W, C = x.shape
-        columns, _ = self.rnn_v(x.transpose(1, 2).reshape(B * W, H, C))
-        rows, _ = self.rnn_h(x.reshape(B * H, W, C))
-        vertical = columns.reshape(B, W, H, -1).transpose(1, 2)
-        horizontal = rows.reshape(B, H, W, -1)
-        return self.fc(torch.cat([vertical, horizontal], dim=-1))
+        return over_columns(self.rnn_v, x)
+
+
+class HorizontalBiLSTM(nn.Module):
+    """Rows only, without a linear layer, so `2·D` must be `C`."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.rnn_h = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
+        check_width(output_size(self.rnn_h), input_size)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        return over_rows(self.rnn_h, x)
+
+
+class BiLSTM1D(nn.Module):
+    """All tokens as one sequence, row after row, so `2·D` must be `C`: the Vanilla Sequencer's (appendix C)."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
+        check_width(output_size(self.rnn), input_size)
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        return over_rows(self.rnn, x.flatten(1, 2).unsqueeze(1)).reshape(x.shape)
+
+
+def check_width(width: int, input_size: int) -> None:
+    if width != input_size:
+        raise ValueError(f"without a linear layer the LSTMs put out {width} channels where the block has {input_size}")
+
+
+MIXERS: dict[str, type[nn.Module]] = {
+    mixer.__name__: mixer
+    for mixer in (
+        BiLSTM2D,
+        LSTM2D,
+        BiGRU2D,
+        BiRNN2D,
+        AddBiLSTM2D,
+        UnfusedBiLSTM2D,
+        VerticalBiLSTM,
+        HorizontalBiLSTM,
+        BiLSTM1D,
+    )
+}
+"""What may stand in a block in the place of self-attention, by the name that `SequencerConfig.mixer` gives."""
 
 
 class Sequencer2DBlock(nn.Module):
-    """A Transformer block with the BiLSTM2D in the place of self-attention (figure 2b)."""
+    """A Transformer block with the BiLSTM2D, or another mixer, in the place of self-attention (figure 2b)."""
 
     def __init__(
-        self, dim: int, hidden_size: int, mlp_ratio: float = 3.0, drop: float = 0.0, drop_path: float = 0.0
+        self,
+        dim: int,
+        hidden_size: int,
+        mlp_ratio: float = 3.0,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        mixer: type[nn.Module] = BiLSTM2D,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.rnn_tokens = BiLSTM2D(dim, hidden_size)
+        self.rnn_tokens = mixer(dim, hidden_size)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp_channels = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -53,6 +174,30 @@ class Sequencer2DBlock(nn.Module):
         x = x + self.drop_path(self.rnn_tokens(self.norm1(x)))
         x = x + self.drop_path(self.mlp_channels(self.norm2(x)))
         return x
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for every place of a grid, added to the tokens; resampled for another grid.
+
+    The official code's `absolute_pos_embed` (models/vanilla_sequencer.py), there for one size only.
+    """
+
+    def __init__(self, grid_size: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, *grid_size, dim))
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        return x + resample_grid(self.weight, x.shape[1], x.shape[2])
+
+
+class ShuffleTokens(nn.Module):
+    """Permutes the tokens of a batch at random in training: the paper's test that order matters (appendix C)."""
+
+    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        if not self.training:
+            return x
+        tokens = x.flatten(1, 2)
+        return tokens[:, torch.randperm(tokens.shape[1], device=x.device)].reshape(x.shape)
 
 
 class PatchEmbed(nn.Module):
@@ -97,6 +242,16 @@ class Downsample2D(nn.Module):
         return self.down(pad_to_multiple(x, self.down.stride[0])).permute(0, 2, 3, 1)
 
 
+@register_notrace_function
+def resample_grid(grid: Float[Tensor, "1 H W C"], height: int, width: int) -> Float[Tensor, "1 h w C"]:
+    """A grid of vectors at another resolution (bicubic, as timm resamples position embeddings)."""
+    if grid.shape[1:3] == (height, width):
+        return grid
+    resized = F.interpolate(grid.permute(0, 3, 1, 2), (height, width), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1)
+
+
+@register_notrace_function
 def pad_to_multiple(x: Float[Tensor, "B C H W"], multiple: int) -> Float[Tensor, "B C h w"]:
     """Pads with zeros below and to the right, so that a strided convolution loses no border pixels.
 

@@ -3,16 +3,29 @@
 Shapes: `B` batch, `H` rows, `W` columns, `C` channels. Feature maps are channels-last.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from timm.layers.weight_init import lecun_normal_
+from timm.layers import ClassifierHead, lecun_normal_
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from sequencer2d.layers import LAYER_NORM_EPS, ConvPatchEmbed, Downsample2D, PatchEmbed, Sequencer2DBlock
+from sequencer2d.layers import (
+    LAYER_NORM_EPS,
+    MIXERS,
+    ConvPatchEmbed,
+    Downsample2D,
+    PatchEmbed,
+    PositionEmbedding,
+    Sequencer2DBlock,
+    ShuffleTokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +44,18 @@ class SequencerConfig:
     """Width of the MLP relative to the stage's channels."""
     stem_widths: tuple[int, ...] = ()
     """Channels of an overlapping convolutional stem, one per halving; empty: plain patches as in the paper."""
+    mixer: str = "BiLSTM2D"
+    """What mixes the tokens: a name of `layers.MIXERS`."""
+    shuffle: bool = False
+    """Permute the tokens at random in training."""
+    pos_embed_size: tuple[int, ...] = ()
+    """Rows and columns of a learned position embedding, resampled for other grids; empty: none, as in the paper."""
     num_classes: int = 1000
     """Outputs of the head; 0 gives a model without one, which returns pooled features."""
     in_chans: int = 3
     """Channels of the image."""
+    global_pool: Literal["avg", ""] = "avg"
+    """Average over all tokens; empty: the map of features, without a head."""
     drop_rate: float = 0.0
     """Dropout before the head."""
     proj_drop_rate: float = 0.0
@@ -55,6 +76,14 @@ class SequencerConfig:
         for name in ("drop_rate", "proj_drop_rate", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer={self.mixer!r} is unknown; there are {', '.join(MIXERS)}")
+        if self.global_pool not in ("avg", ""):
+            raise ValueError(f"global_pool={self.global_pool!r} must be 'avg' or ''")
+        if not self.global_pool and self.num_classes:
+            raise ValueError("global_pool='' gives a map of features, which has no classes; set num_classes=0")
+        if self.pos_embed_size and (len(self.pos_embed_size) != 2 or min(self.pos_embed_size) < 1):
+            raise ValueError(f"pos_embed_size={self.pos_embed_size} must be two positive numbers, or none")
         if min(self.stem_widths, default=1) <= 0:
             raise ValueError(f"stem_widths={self.stem_widths} must be positive")
         if self.stem_widths and 2 ** len(self.stem_widths) != self.patch_sizes[0]:
@@ -73,22 +102,13 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w D"]:
-        return self.blocks(self.downsample(x))
-
-
-class Head(nn.Module):
-    """Global average pooling, dropout and the classifier."""
-
-    def __init__(self, num_features: int, num_classes: int, drop_rate: float) -> None:
-        super().__init__()
-        self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
-
-    def forward(self, x: Float[Tensor, "B H W C"], pre_logits: bool = False) -> Float[Tensor, "B K"]:
-        x = self.drop(x.mean(dim=(1, 2)))
-        return x if pre_logits else self.fc(x)
+        x = self.downsample(x)
+        if self.grad_checkpointing:
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
 
 
 class Sequencer2D(nn.Module):
@@ -104,14 +124,27 @@ class Sequencer2D(nn.Module):
     def __init__(self, config: SequencerConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_features = config.embed_dims[-1]
+        self.num_features = self.head_hidden_size = config.embed_dims[-1]
+        self.output_fmt = "NHWC"  # of forward_features, as timm says it
+        self.feature_dim = -1
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for i, (dim, reduction) in enumerate(
+                zip(config.embed_dims, itertools.accumulate(config.patch_sizes, lambda a, b: a * b), strict=True)
+            )
+        ]
         if config.stem_widths:
             self.stem = ConvPatchEmbed(config.in_chans, config.stem_widths)
         else:
             self.stem = PatchEmbed(config.in_chans, config.embed_dims[0], config.patch_sizes[0])
+        height_width = config.pos_embed_size
+        self.pos_embed = PositionEmbedding(height_width, config.embed_dims[0]) if height_width else nn.Identity()  # type: ignore[arg-type]
+        self.shuffle = ShuffleTokens() if config.shuffle else nn.Identity()
         self.stages = nn.Sequential(*self._stages(config))
         self.norm = nn.LayerNorm(self.num_features, eps=LAYER_NORM_EPS)
-        self.head = Head(self.num_features, config.num_classes, config.drop_rate)
+        self.head = ClassifierHead(
+            self.num_features, config.num_classes, config.global_pool, config.drop_rate, input_fmt=self.output_fmt
+        )
         self.init_weights()
 
     @staticmethod
@@ -127,6 +160,7 @@ class Sequencer2D(nn.Module):
                     mlp_ratio=config.mlp_ratios[i],
                     drop=config.proj_drop_rate,
                     drop_path=next(drop_paths),
+                    mixer=MIXERS[config.mixer],
                 )
                 for _ in range(config.layers[i])
             ]
@@ -139,18 +173,19 @@ class Sequencer2D(nn.Module):
         | parameter                     | weight                  | bias                |
         | ----------------------------- | ----------------------- | ------------------- |
         | convolutions                  | LeCun normal            | 0                   |
-        | LSTMs                         | uniform ±1/√D           | uniform ±1/√D       |
+        | LSTMs, GRUs, RNNs             | uniform ±1/√D           | uniform ±1/√D       |
         | linear layers                 | Xavier uniform          | 0                   |
         | linear layers of the MLPs     | Xavier uniform          | normal, std 1e-6    |
         | norms                         | 1                       | 0                   |
         | head                          | 0                       | 0                   |
+        | position embedding            | normal, std 0.02        |                     |
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d):
                 lecun_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LSTM):
+            elif isinstance(module, nn.RNNBase):
                 bound = 1 / math.sqrt(module.hidden_size)
                 for parameter in module.parameters():
                     nn.init.uniform_(parameter, -bound, bound)
@@ -162,18 +197,112 @@ class Sequencer2D(nn.Module):
                 nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
             elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
                 module.reset_parameters()
+            elif isinstance(module, PositionEmbedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0: there is none."""
+        return self.config.num_classes
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the image."""
+        return self.config.in_chans
+
+    def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
+        """Normalised feature map of the last stage, channels-last."""
+        return self.norm(self.stages(self.shuffle(self.pos_embed(self.stem(x)))))
+
+    def forward_head(self, x: Float[Tensor, "B h w D"], pre_logits: bool = False) -> Float[Tensor, "..."]:
+        """Logits of a feature map, or the pooled features before the classifier."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "..."]:
+        return self.forward_head(self.forward_features(x))
+
+    # What timm asks of its models (timm/models/_features.py, timm/optim/_param_groups.py; docs/models.md).
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "B C H W"],
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Feature maps after the stages, and the final one.
+
+        Args:
+            x: Images.
+            indices: Stages to return: which (from the end where negative), the last how many, or all.
+            norm: Apply the final norm to the last stage's.
+            stop_early: Leave out the stages after the last one that is returned.
+            output_fmt: Of the maps: NCHW or NHWC.
+            intermediates_only: Return the maps without the final one.
+
+        Returns:
+            The final feature map as of `forward_features`, and a list of maps; or the list alone.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
+        take, last = _take(len(self.stages), indices)
+        stages = list(self.stages)[: last + 1 if stop_early else None]
+        maps = []
+        x = self.shuffle(self.pos_embed(self.stem(x)))
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            if i in take:
+                y = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                maps.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
+        if intermediates_only:
+            return maps
+        return self.norm(x) if len(stages) == len(self.stages) else x, maps
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Cuts off what the feature maps asked for do not need; returns the stages that they come from."""
+        take, last = _take(len(self.stages), indices)
+        self.stages = self.stages[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.fc
 
-    def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
-        """Normalised feature map of the last stage, channels-last."""
-        return self.norm(self.stages(self.stem(x)))
+    def reset_classifier(self, num_classes: int, global_pool: Literal["avg", ""] | None = None) -> None:
+        """A new head, of zeros as at first, for other classes; 0 for none, then pooled features come out."""
+        pool = self.config.global_pool if global_pool is None else global_pool
+        self.config = replace(self.config, num_classes=num_classes, global_pool=pool)
+        self.head.reset(num_classes, pool)
+        for parameter in self.head.fc.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward_head(self, x: Float[Tensor, "B h w D"], pre_logits: bool = False) -> Float[Tensor, "B K"]:
-        """Logits of a feature map, or the pooled features before the classifier."""
-        return self.head(x, pre_logits=pre_logits)
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names from the input to the output, for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
+        return {
+            "stem": r"^stem|^pos_embed",
+            "blocks": [(blocks, None), (r"^stages\.(\d+)\.downsample", (0,)), (r"^norm", (99999,))],
+        }
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        return self.forward_head(self.forward_features(x))
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are never decayed, besides biases and norms."""
+        return {"pos_embed.weight"} if self.config.pos_embed_size else set()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the blocks in training and compute the rest again for the gradient."""
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.grad_checkpointing = enable
+
+
+def _take(count: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+    """The stages that are asked for, and the last of them."""
+    return feature_take_indices(count, indices if isinstance(indices, int | None) else list(indices))

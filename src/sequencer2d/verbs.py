@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Column, Table
+from rich.table import Table
 
 from sequencer2d.cli import DONE, PROBLEM, STOPPED
 from sequencer2d.files import write_atomic
@@ -140,29 +141,35 @@ def predict(arguments: list[str]) -> int:
 
 def models(arguments: list[str]) -> int:
     """`sequencer2d models`"""
-    from sequencer2d.zoo import VARIANTS, create_model, list_models
+    from sequencer2d.flops import costs
+    from sequencer2d.zoo import VARIANTS, list_models
 
-    parser = VerbParser("sequencer2d models", description="List the variants.")
+    parser = VerbParser(
+        "sequencer2d models",
+        description="List the variants and what one image costs: multiply-accumulates with the LSTMs counted, and the "
+        "memory of activations in fp32 (half of it in bf16) in training and in inference. More: docs/models.md.",
+    )
     parser.add_argument("contains", nargs="?", default="", help="only names that contain this text")
+    parser.add_argument("--image_size", type=int, help="side of the image in pixels; default: the variant's")
     options = parser.parse_args(arguments)
-    headings = ("parameters", "image", "tokens", "layers", "channels", "from")
-    table = Table(Column("name", no_wrap=True), *headings)
+    if options.image_size is not None and options.image_size < 1:
+        raise ValueError(f"--image-size {options.image_size} must be at least 1")
+    headings = ("parameters", "image", "MACs", "train", "infer", "weights")
+    table = Table("name", *headings, box=SIMPLE, padding=(0, 1))
+    for column in table.columns:
+        column.no_wrap = True
     for name in list_models(options.contains):
         variant = VARIANTS[name]
-        parameters = sum(parameter.numel() for parameter in create_model(name).parameters())
-        sides = []
-        side = variant.image_size
-        for patch_size in variant.config.patch_sizes:
-            side = -(-side // patch_size)
-            sides.append(f"{side}²")
+        side = options.image_size or variant.image_size
+        cost = costs(variant.config, side)
         table.add_row(
             name,
-            f"{parameters / 1e6:.2f} M",
-            f"{variant.image_size}²",
-            " ".join(sides),
-            "-".join(map(str, variant.config.layers)),
-            "-".join(map(str, variant.config.embed_dims)),
-            variant.source,
+            f"{cost.parameters / 1e6:.2f} M",
+            f"{side}²",
+            f"{cost.macs / 1e9:.2f} G",
+            f"{cost.training_activations * 4 / 2**20:.0f} MiB",
+            f"{cost.inference_activations * 4 / 2**20:.1f} MiB",
+            "hub" if variant.hub_id else "–",
         )
     Console().print(table)
     return DONE

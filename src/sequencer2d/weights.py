@@ -1,24 +1,30 @@
-"""A model file: one `.safetensors` with the weights and, in its metadata, all that using them needs. No pickle."""
+"""A model file: one `.safetensors` with the weights and, in its metadata, all that using them needs. No pickle.
+
+The files of others, the official code's and timm's, are read too: what they do not say follows from their weights.
+"""
 
 import json
+import logging
 import os
-from dataclasses import asdict, dataclass, field, fields
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from timm.data import ImageNetInfo
 
+from sequencer2d.adapters import ModelFileError, fit, infer_config, read_state_dict
 from sequencer2d.files import write_atomic
+from sequencer2d.hub import PREFIX, download, upload
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.preprocessing import Preprocessing
+from sequencer2d.zoo import VARIANTS, Variant, timm_name
 
 FORMAT = "sequencer2d/1"
 
-
-class ModelFileError(ValueError):
-    """A file that is no model of this package; the message names the file and what to do."""
+log = logging.getLogger("sequencer2d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,40 +77,95 @@ def save_model(model: Sequencer2D, card: ModelCard, path: str | Path) -> None:
 
 
 def load_model(source: str | Path) -> tuple[Sequencer2D, ModelCard]:
-    """The model of a `.safetensors` file or of a run folder, in evaluation mode on the CPU, and its card.
+    """A model in evaluation mode on the CPU, and its card.
+
+    Args:
+        source: A `.safetensors` file or a run folder of ours; a file of weights of the official code or of timm;
+            `hf-hub:user/name`, a repository of the Hugging Face hub; or a name of the zoo that has published weights.
 
     Raises:
-        FileNotFoundError: Nothing lies there, or the folder holds no finished model.
-        ModelFileError: The file is of another format, damaged, or does not fit its own description.
+        FileNotFoundError: Nothing lies there, the folder holds no finished model, or there is no network.
+        ModelFileError: The file holds something else, is damaged, or does not fit its own description.
     """
     path = find_model_file(source)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ModelFileError(f"{path} is not a whole safetensors file ({error}); {_kind(path)}") from error
-    if metadata.get("format", FORMAT) != FORMAT and metadata["format"].startswith("sequencer2d/"):
-        raise ModelFileError(f"{path} is of format {metadata['format']!r}; a newer sequencer2d reads it")
-    if metadata.get("format") != FORMAT:
-        raise ModelFileError(
-            f"{path} holds weights but not the description that `sequencer2d train` writes beside them "
-            f"(format {FORMAT!r}, found {metadata.get('format', 'none')!r}); "
-            "load foreign weights with create_model(…).load_state_dict(…)"
-        )
+    metadata = _metadata(path)
+    if metadata is None or "format" not in metadata or metadata["format"] == "pt":
+        return _load_foreign(path)
+    if metadata["format"] != FORMAT:
+        hint = "a newer sequencer2d reads it" if metadata["format"].startswith("sequencer2d/") else "it is not ours"
+        raise ModelFileError(f"{path} is of format {metadata['format']!r}; {hint}")
     try:
         card = ModelCard.from_metadata(metadata)
         model = Sequencer2D(card.config)
-        model.load_state_dict(tensors)
+        with safe_open(path, framework="pt") as file:
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         first_line = str(error).splitlines()[0]
         raise ModelFileError(f"{path} does not fit its own description: {first_line}") from error
     return model.eval(), card
 
 
+def _metadata(path: Path) -> dict[str, str] | None:
+    """The description in a safetensors file, or None if the file is of another kind."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        raise ModelFileError(f"{path} is not a whole safetensors file: it is empty")
+    if path.suffix != ".safetensors" and (start == b"PK" or start[:1] == b"\x80"):
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ModelFileError(f"{path} is not a whole safetensors file ({error}); give another") from error
+
+
+def _load_foreign(path: Path) -> tuple[Sequencer2D, ModelCard]:
+    """Weights without our description: what they are follows from their names and shapes, the rest is the variant's."""
+    state = read_state_dict(path)
+    try:
+        config = infer_config(state)
+        model = Sequencer2D(config)
+        model.load_state_dict(fit(state, model)[0])
+    except (KeyError, ValueError, RuntimeError, StopIteration) as error:
+        first_line = str(error).splitlines()[0]
+        raise ModelFileError(f"{path} holds weights of no Sequencer that is known here: {first_line}") from error
+    name, variant = _variant_of(config)
+    log.info("%s holds weights of %s, with %d classes", path, name, config.num_classes)
+    card = ModelCard(
+        architecture=name,
+        config=config,
+        class_names=_class_names(config.num_classes),
+        preprocessing=Preprocessing(image_size=variant.image_size, crop_pct=variant.crop_pct),
+    )
+    return model.eval(), card
+
+
+def _variant_of(config: SequencerConfig) -> tuple[str, Variant]:
+    """The first variant of an architecture, whatever its classes and channels; S and its image size for others."""
+    for name, variant in VARIANTS.items():
+        if config == replace(variant.config, num_classes=config.num_classes, in_chans=config.in_chans):
+            return name, variant
+    return "sequencer2d_s", VARIANTS["sequencer2d_s"]
+
+
+def _class_names(count: int) -> tuple[str, ...]:
+    """ImageNet's WordNet ids for 1,000 classes, in the order that published weights have; else numbers."""
+    return tuple(ImageNetInfo().label_names() if count == 1000 else map(str, range(count)))
+
+
 def find_model_file(source: str | Path) -> Path:
-    """The model file that a path means: itself, or `model.safetensors` of a run folder."""
+    """The file that a model's name means: itself, `model.safetensors` of a run folder, or one from the hub.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    text = str(source)
+    if text.startswith(PREFIX):
+        return download(text.removeprefix(PREFIX), "model.safetensors")
     path = Path(source)
+    if not path.exists() and text in VARIANTS and VARIANTS[text].hub_id:
+        return download(VARIANTS[text].hub_id, "model.safetensors")
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.is_file():
@@ -113,43 +174,136 @@ def find_model_file(source: str | Path) -> Path:
                 "(continue a stopped run with `sequencer2d train --run-dir …`)"
             )
     if not path.is_file():
-        raise FileNotFoundError(f"{source} does not exist; give a model file or the folder of a run")
+        raise FileNotFoundError(
+            f"{source} does not exist; give a model file, the folder of a run, {PREFIX}user/name, or one of "
+            f"{', '.join(name for name, variant in VARIANTS.items() if variant.hub_id)}"
+        )
     if not os.access(path, os.R_OK):
         raise PermissionError(f"{source} cannot be read; check its permissions")
     return path
 
 
-def load_weights_into(model: nn.Module, source: str | Path, class_names: tuple[str, ...]) -> list[str]:
-    """Copies weights of a model file to start a training from; returns the names of the parameters left as they were.
+def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple[str, ...]) -> list[str]:
+    """Copies the weights of a model to start a training from; returns what had to be changed, in words.
 
-    The classifier is copied only when the file's class names are the same.
+    The classifier is copied only where the class names are the same.
 
     Raises:
-        ModelFileError: A parameter other than the classifier's is missing or of another shape.
+        FileNotFoundError, ModelFileError: As `load_model`, or a parameter other than the classifier's does not fit.
     """
     donor, card = load_model(source)
-    tensors = donor.state_dict()
-    if card.class_names != class_names:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-    own = model.state_dict()
-    extra = [name for name in tensors if name not in own]
-    if extra:
+    state = donor.state_dict()
+    same = card.class_names == class_names
+    if not same:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    try:
+        state, notes = fit(state, model)
+    except ModelFileError as error:
         raise ModelFileError(
-            f"{source} is a {card.architecture} with {extra[0]}, which the model lacks; "
-            "train the same --model and --model-args"
-        )
-    for name, tensor in own.items():
-        given = tensors.get(name)
-        if given is None and name.startswith("head."):
-            continue
-        if given is None or given.shape != tensor.shape:
-            shape = "missing" if given is None else f"of shape {list(given.shape)}"
-            raise ModelFileError(
-                f"{source} is a {card.architecture} whose {name} is {shape}, where {list(tensor.shape)} is needed; "
-                "train the same --model and --model-args"
-            )
-    model.load_state_dict(tensors, strict=False)
-    return [name for name in own if name not in tensors]
+            f"{source} is a {card.architecture}: {error}: train the same --model and --model-args"
+        ) from error
+    model.load_state_dict(state, strict=False)
+    return notes if same else [*notes, f"classifier of {len(card.class_names)} other classes begun anew"]
+
+
+def from_pretrained(repo_id: str) -> tuple[Sequencer2D, ModelCard]:
+    """The model of a repository on the Hugging Face hub, ours or timm's; the same as `load_model("hf-hub:…")`."""
+    return load_model(PREFIX + repo_id.removeprefix(PREFIX))
+
+
+def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False) -> str:
+    """Puts a model on the Hugging Face hub, with a model card; returns its address there.
+
+    The repository gets `model.safetensors`, `README.md`, and `config.json`, by which timm loads it, too
+    (`import sequencer2d.registry; timm.create_model("hf-hub:user/name")`).
+
+    Args:
+        source: A model file or run folder.
+        repo_id: `user/name`; made if it does not exist.
+        private: Make it so that others do not see it.
+
+    Raises:
+        FileNotFoundError, ModelFileError: As `load_model`.
+        OSError: The hub refuses or cannot be reached; the message says why.
+    """
+    model, card = load_model(source)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, card, Path(folder, "model.safetensors"))
+        Path(folder, "config.json").write_text(json.dumps(_timm_config(card), indent=2), encoding="utf-8")
+        Path(folder, "README.md").write_text(model_card(card, repo_id), encoding="utf-8")
+        return upload(Path(folder), repo_id, private=private)
+
+
+def _timm_config(card: ModelCard) -> dict[str, Any]:
+    """As timm writes it (timm/models/_hub.py, `save_config_for_hf`)."""
+    variant = VARIANTS[card.architecture]
+    changed = {
+        name: value
+        for name, value in asdict(card.config).items()
+        if value != getattr(variant.config, name) and name != "num_classes"
+    }
+    preprocessing = asdict(card.preprocessing)
+    size = preprocessing.pop("image_size")
+    return {
+        "architecture": timm_name(card.architecture),
+        "num_classes": card.config.num_classes,
+        "num_features": card.config.embed_dims[-1],
+        "model_args": changed,
+        "label_names": card.class_names,
+        "pretrained_cfg": {
+            **variant.default_cfg(),
+            **preprocessing,
+            "hf_hub_id": None,
+            "num_classes": card.config.num_classes,
+            "input_size": (card.config.in_chans, size, size),
+        },
+    }
+
+
+def model_card(card: ModelCard, repo_id: str) -> str:
+    """A README for the hub: what the model is, what it was trained on, how well it does, how to use it."""
+    training = card.training
+    rows = [
+        ("architecture", card.architecture),
+        (
+            "classes",
+            f"{len(card.class_names)}: {', '.join(card.class_names[:10])}{', …' if len(card.class_names) > 10 else ''}",
+        ),
+        ("image size", f"{card.preprocessing.image_size}²"),
+        ("trained on", training.get("data", "not said")),
+        *(
+            (name.replace("_", " "), f"{training[name]:.2%}")
+            for name in ("val_top1", "test_top1")
+            if training.get(name)
+        ),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""---
+library_name: sequencer2d
+pipeline_tag: image-classification
+license: apache-2.0
+tags: [image-classification, sequencer2d, timm, lstm]
+---
+# {repo_id}
+
+An image classifier whose tokens are mixed by LSTMs instead of attention: *Sequencer: Deep LSTM for Image
+Classification* (Tatsunami and Taki, NeurIPS 2022), trained with `sequencer2d`.
+
+| | |
+| --- | --- |
+{table}
+
+```bash
+pip install sequencer2d
+sequencer2d predict {PREFIX}{repo_id} image.jpg
+```
+
+```python
+from sequencer2d import load_model
+
+model, card = load_model("{PREFIX}{repo_id}")
+```
+"""
 
 
 def _dataclass_from_json(kind: type, text: str) -> Any:
@@ -158,14 +312,3 @@ def _dataclass_from_json(kind: type, text: str) -> Any:
     if unknown:
         raise ValueError(f"{kind.__name__} has no {', '.join(sorted(unknown))}; a newer sequencer2d may read the file")
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def _kind(path: Path) -> str:
-    """A guess at what a file that is no safetensors is, from its first bytes."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        return "it looks like a PyTorch pickle, which is not opened because it can run code"
-    if not start:
-        return "it is empty"
-    return "give the model.safetensors of a run"

@@ -1,10 +1,17 @@
 """The named variants, and `create_model`."""
 
 import difflib
+import logging
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from sequencer2d.adapters import load_weights
+from sequencer2d.hub import download
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.preprocessing import Preprocessing
+
+log = logging.getLogger("sequencer2d")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +24,44 @@ class Variant:
     crop_pct: float
     """Part of the resized side that evaluation keeps."""
     source: str
+    official_name: str = ""
+    """In the official code, where it has this variant."""
+    hub_id: str = ""
+    """Repository of published weights on the Hugging Face hub."""
+
+    @property
+    def grid_sizes(self) -> tuple[int, ...]:
+        """Tokens along a side in each stage, for a square image of `image_size`."""
+        return grid_sizes(self.config, self.image_size)
+
+    def default_cfg(self) -> dict[str, Any]:
+        """What timm wants to know of a model beside its weights, such as for `timm.data.resolve_data_config`."""
+        preprocessing = Preprocessing(image_size=self.image_size, crop_pct=self.crop_pct)
+        return {
+            "hf_hub_id": self.hub_id or None,
+            "num_classes": self.config.num_classes,
+            "input_size": (self.config.in_chans, self.image_size, self.image_size),
+            "pool_size": (self.grid_sizes[-1],) * 2,
+            "crop_pct": self.crop_pct,
+            "interpolation": preprocessing.interpolation,
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+            "first_conv": "stem.steps.0.0" if self.config.stem_widths else "stem.proj",
+            "classifier": "head.fc",
+            "license": "apache-2.0",
+        }
 
 
-def _paper(*layers: int, source: str = "paper, table 4") -> Variant:
+def grid_sizes(config: SequencerConfig, image_side: int) -> tuple[int, ...]:
+    """Tokens along a side of the image in each stage."""
+    sides = []
+    for patch_size in config.patch_sizes:
+        image_side = -(-image_side // patch_size)
+        sides.append(image_side)
+    return tuple(sides)
+
+
+def _paper(*layers: int, official_name: str = "", hub_id: str = "", source: str = "paper, table 4") -> Variant:
     config = SequencerConfig(
         layers=layers,
         patch_sizes=(7, 2, 1, 1),
@@ -27,7 +69,21 @@ def _paper(*layers: int, source: str = "paper, table 4") -> Variant:
         hidden_sizes=(48, 96, 96, 96),
         mlp_ratios=(3.0, 3.0, 3.0, 3.0),
     )
-    return Variant(config=config, image_size=224, crop_pct=0.875, source=source)
+    return Variant(
+        config=config, image_size=224, crop_pct=0.875, source=source, official_name=official_name, hub_id=hub_id
+    )
+
+
+def _at_392(variant: Variant) -> Variant:
+    """As fine-tuned for the paper's table 1: larger images, of which nothing is cropped; the weights are the same."""
+    name = f"{variant.official_name}_392"
+    return replace(
+        variant, image_size=392, crop_pct=1.0, official_name=name, hub_id="", source="paper, section 4.1, at 392²"
+    )
+
+
+def _ablation(official_name: str, source: str = "paper, table 3", **changes: Any) -> Variant:
+    return replace(_S, config=replace(_S.config, **changes), official_name=official_name, hub_id="", source=source)
 
 
 def _small(image_size: int, config: SequencerConfig) -> Variant:
@@ -58,10 +114,54 @@ _CONV_PICO = SequencerConfig(
     stem_widths=(64,),
 )
 
+_S = _paper(4, 3, 8, 3, official_name="sequencer2d_s", hub_id="timm/sequencer2d_s.in1k")
+_M = _paper(4, 3, 14, 3, official_name="sequencer2d_m", hub_id="timm/sequencer2d_m.in1k")
+_L = _paper(8, 8, 16, 4, official_name="sequencer2d_l", hub_id="timm/sequencer2d_l.in1k")
+_TWICE_HIDDEN = (96, 192, 192, 192)
+_VANILLA: dict[str, Any] = {
+    "mixer": "BiLSTM1D",
+    "patch_sizes": (14, 1, 1, 1),
+    "embed_dims": (384, 384, 384, 384),
+    "hidden_sizes": (192, 192, 192, 192),
+    "source": "paper, appendix C",
+}
+_HIERARCHY: dict[str, Any] = {
+    "patch_sizes": _S.config.patch_sizes,
+    "embed_dims": _S.config.embed_dims,
+    "hidden_sizes": _TWICE_HIDDEN,
+}
+
 VARIANTS: dict[str, Variant] = {
-    "sequencer2d_s": _paper(4, 3, 8, 3),
-    "sequencer2d_m": _paper(4, 3, 14, 3),
-    "sequencer2d_l": _paper(8, 8, 16, 4),
+    "sequencer2d_s": _S,
+    "sequencer2d_m": _M,
+    "sequencer2d_l": _L,
+    "sequencer2d_s_392": _at_392(_S),
+    "sequencer2d_m_392": _at_392(_M),
+    "sequencer2d_l_392": _at_392(_L),
+    "sequencer2d_l_d4_3x": replace(
+        _L,
+        config=replace(_L.config, embed_dims=(256, 512, 512, 512), hidden_sizes=(64, 128, 128, 128)),
+        official_name="sequencer2d_l_d4_3x",
+        hub_id="",
+        source="official code, L with wider dimensions",
+    ),
+    # What happens to S without one of its parts.
+    "sequencer2d_s_unidirectional": _ablation("sequencer2d_s_unidirectional", mixer="LSTM2D"),
+    "sequencer2d_s_add": _ablation("sequencer2d_s_add", mixer="AddBiLSTM2D"),
+    "sequencer2d_s_h2x": _ablation("sequencer2d_s_h2x", hidden_sizes=_TWICE_HIDDEN),
+    "sequencer2d_s_without_fc": _ablation("sequencer2d_s_without_fc", mixer="UnfusedBiLSTM2D"),
+    "sequencer2d_s_vertical": _ablation("sequencer2d_vertical", mixer="VerticalBiLSTM", hidden_sizes=_TWICE_HIDDEN),
+    "sequencer2d_s_horizontal": _ablation(
+        "sequencer2d_s_horizontal", mixer="HorizontalBiLSTM", hidden_sizes=_TWICE_HIDDEN
+    ),
+    "gru_sequencer2d_s": _ablation("gru_sequencer2d_s", mixer="BiGRU2D"),
+    "rnn_sequencer2d_s": _ablation("rnn_sequencer2d_s", mixer="BiRNN2D"),
+    # One LSTM over all tokens, row after row.
+    "v_sequencer_s": _ablation("v_sequencer_s", **_VANILLA),
+    "v_sequencer_s_h": _ablation("v_sequencer_s_h", **{**_VANILLA, **_HIERARCHY}),
+    "v_sequencer_s_pe": _ablation("v_sequencer_s_pe", **_VANILLA, pos_embed_size=(16, 16)),
+    "v_sequencer_s_shuffle": _ablation("", **_VANILLA, shuffle=True),
+    # Smaller than the paper's.
     "sequencer2d_xs": _paper(2, 2, 4, 3, source="the student's notebook"),
     # Small images: 8 to 16 tokens a side, so that the LSTMs have a sequence to run over.
     "sequencer2d_t_patch2_32": _small(32, _TINY),
@@ -72,6 +172,14 @@ VARIANTS: dict[str, Variant] = {
     "sequencer2d_conv_t_patch4_32": _small(32, _CONV_TINY),
     "sequencer2d_conv_t_patch4_64": _small(64, _CONV_TINY),
 }
+
+
+TIMMS_OWN = {"sequencer2d_s", "sequencer2d_m", "sequencer2d_l"}
+
+
+def timm_name(name: str) -> str:
+    """The name under which timm knows a variant, once `sequencer2d.registry` is imported."""
+    return f"{name}_ref" if name in TIMMS_OWN else name
 
 
 def list_models(contains: str = "") -> list[str]:
@@ -113,12 +221,31 @@ def get_config(name: str, **overrides: Any) -> SequencerConfig:
         raise ValueError(f"{changes}: {error}; stages take one number each, such as layers=[2, 2]") from error
 
 
-def create_model(name: str, **overrides: Any) -> Sequencer2D:
-    """A freshly initialised model of the zoo, any argument of `SequencerConfig` changed.
+def create_model(name: str, *, pretrained: bool | str | Path = False, **overrides: Any) -> Sequencer2D:
+    """A model of the zoo, any argument of `SequencerConfig` changed.
 
     Example: `create_model("sequencer2d_s", num_classes=10, drop_path_rate=0.1)`
 
+    Args:
+        name: A name of `list_models()`.
+        pretrained: True: with the published weights, from the Hugging Face hub or its cache. A path: with the weights
+            of that file, be it the official code's, timm's or ours. Another number of classes or image channels is
+            adapted to, with a word. Default: freshly initialised.
+        overrides: Arguments of `SequencerConfig`.
+
     Raises:
-        ValueError: No such variant, no such argument, or a value that does not fit the others.
+        ValueError: No such variant, no such argument, a value that does not fit the others, no published weights, or
+            weights of another architecture.
+        FileNotFoundError: The weights are not there, or there is no network.
     """
-    return Sequencer2D(get_config(name, **overrides))
+    variant = get_variant(name)
+    config = get_config(name, **overrides)
+    if pretrained is True and not variant.hub_id:
+        published = ", ".join(name for name, variant in VARIANTS.items() if variant.hub_id)
+        raise ValueError(f"no weights of {name} are published ({published} have some); pass pretrained='path/to/file'")
+    model = Sequencer2D(config)
+    if pretrained:
+        path = download(variant.hub_id, "model.safetensors") if pretrained is True else Path(pretrained)
+        notes = load_weights(model, path)
+        log.info("weights of %s from %s%s", name, path, "".join(f"; {note}" for note in notes))
+    return model

@@ -56,6 +56,13 @@ def test_every_parameter_is_in_one_group_and_only_matrices_are_decayed(model: Se
         assert group["maps"] == (0 if parameter.ndim < 2 or name == "head.fc.weight" else 4 if recurrent else 1), name
 
 
+def test_a_position_embedding_is_no_matrix() -> None:
+    model = create_model("sequencer2d_conv_p_patch2_16", pos_embed_size=(8, 8))
+    groups = muon_groups(model, 0.05, model.no_weight_decay())
+    (group,) = (g for g in groups if any(p is model.pos_embed.get_parameter("weight") for p in g["params"]))
+    assert (group["weight_decay"], group["maps"]) == (0.0, 0)
+
+
 @pytest.mark.parametrize(("cell", "gates"), [(nn.GRU, 3), (nn.RNN, 1)])
 def test_other_cells_have_other_gates(cell: Callable[[int, int], nn.Module], gates: int) -> None:
     model = nn.ModuleDict({"cell": cell(4, 2), "head": nn.Linear(2, 2)})

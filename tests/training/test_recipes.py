@@ -65,7 +65,7 @@ def test_what_a_recipe_leaves_out_is_the_default(tmp_path: Path) -> None:
     [
         ("epochs: [", "expected the node content"),
         ("epoch: 3", "epoch"),
-        ("optim: {momentum: 0.9}", "momentum"),
+        ("optim: {nesterov: true}", "nesterov"),
         ("epochs: many", "epochs"),
         ("epochs: 0", "epochs=0 must be at least 1"),
         ("augment: {crop: center}", "crop"),

@@ -63,7 +63,7 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """Changes to the architecture, such as --model-args.drop_path_rate 0.1 or --model-args.layers [2,2]."""
     weights: str | None = None
-    """Start from this model file or run folder; a head for other classes is begun anew."""
+    """Start from this run folder or file (ours, timm's, the official code's), hf-hub:user/name, or published name."""
     data: str = "digits"
     """digits, cifar10, cifar100, tiny-imagenet, imagenet, or a folder of images."""
     data_root: str | None = None

@@ -7,6 +7,7 @@ them; and all matrices of one shape go through the iteration together. A step of
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,18 +19,22 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for `Muon`: biases and norms, undecayed; the classifier; matrices; gates of recurrent layers."""
+def muon_groups(model: nn.Module, weight_decay: float, no_weight_decay: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Parameter groups for `Muon`: AdamW's, and matrices by the number of maps that are stacked in them.
+
+    AdamW takes biases, norms and the parameters named in `no_weight_decay`, which are not decayed, and the classifier.
+    """
     gates: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             count = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
             gates |= {id(weight): count for weight in module.parameters() if weight.ndim == 2}
-    classifier = {id(parameter) for parameter in model.get_submodule("head").parameters()}
+    vectors = {id(model.get_parameter(name)) for name in no_weight_decay}
+    vectors |= {id(parameter) for parameter in model.get_submodule("head").parameters()}
     groups: dict[tuple[float, int], list[Tensor]] = defaultdict(list)
-    for group in param_groups_weight_decay(model, weight_decay):
+    for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_weight_decay):
         for parameter in group["params"]:
-            plain = parameter.ndim < 2 or id(parameter) in classifier
+            plain = parameter.ndim < 2 or id(parameter) in vectors
             groups[group["weight_decay"], 0 if plain else gates.get(id(parameter), 1)].append(parameter)
     return [{"params": params, "weight_decay": decay, "maps": maps} for (decay, maps), params in groups.items()]
 

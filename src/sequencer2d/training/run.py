@@ -125,8 +125,8 @@ class _Run:
         if model.config.in_chans != 3:
             raise ValueError(f"model_args.in_chans={model.config.in_chans}, but images are read as RGB; leave it out")
         if self.config.weights:
-            fresh = load_weights_into(model, self.config.weights, self.data.class_names)
-            log.info("weights from %s; begun anew: %s", self.config.weights, ", ".join(fresh) or "nothing")
+            notes = load_weights_into(model, self.config.weights, self.data.class_names)
+            log.info("weights from %s%s", self.config.weights, "".join(f"; {note}" for note in notes))
         return model
 
     def write_description(self) -> None:

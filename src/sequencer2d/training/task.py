@@ -70,12 +70,12 @@ class SequencerTask(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Norms and biases are not decayed. The learning rate is set before every update."""
-        optim = self.config.optim
+        optim, undecayed = self.config.optim, self.model.no_weight_decay()
         if optim.optimizer == "muon":
-            groups = muon_groups(self.model, optim.weight_decay)
+            groups = muon_groups(self.model, optim.weight_decay, undecayed)
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
             return Muon(groups, optim.learning_rate or 0.0, momentum=optim.momentum, betas=optim.betas, dtype=dtype)
-        groups = param_groups_weight_decay(self.model, optim.weight_decay)
+        groups = param_groups_weight_decay(self.model, optim.weight_decay, no_weight_decay_list=undecayed)
         fused = self.trainer.precision != "16-mixed"  # fused, it unscales fp16 gradients only after the clipping
         return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=fused)
 

@@ -1,0 +1,71 @@
+"""Runs timm's own model tests on our variants and writes docs/timm.md.
+
+`python docs/run_timm_tests.py path/to/pytorch-image-models` (a checkout of timm whose version is the one installed).
+Its `tests/test_models.py` is taken as it is but for two lines: the models are ours, and our module is among those whose
+intermediate features are tested.
+"""
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from pathlib import Path
+
+import timm
+import torch
+
+PAGE = Path(__file__).parent / "timm.md"
+HEADER = """import sequencer2d.registry
+import timm
+_all = timm.list_models
+def _ours(*arguments, **options):
+    names = _all(*arguments, **options)
+    return [name for name in names if timm.is_model_in_modules(name.partition(".")[0], {"registry"})]
+timm.list_models = _ours
+"""
+WHY = {
+    "test_model_forward_torchscript": "TorchScript does not know the shape annotations of our signatures (jaxtyping), "
+    "and PyTorch has deprecated it; `torch.jit.trace`, `torch.export` and scripting an fx graph work (the test below)",
+    "test_model_load_pretrained": "needs the hub's weights; without a network only our stub of the hub is tested "
+    "(tests/test_hub.py)",
+    "test_model_features_pretrained": "needs the hub's weights, as above",
+}
+
+
+def main(checkout: Path) -> None:
+    source = (checkout / "tests" / "test_models.py").read_text()
+    source = source.replace("FEAT_INTER_FILTERS = [", "FEAT_INTER_FILTERS = ['registry',", 1)
+    with tempfile.TemporaryDirectory() as folder:
+        test_file, report = Path(folder, "test_models.py"), Path(folder, "report.xml")
+        test_file.write_text(HEADER + source)
+        options = ["-q", "-p", "no:cacheprovider", "--rootdir", folder, f"--junitxml={report}", "-k", "test_model"]
+        subprocess.run([sys.executable, "-m", "pytest", *options, str(test_file)], cwd=folder, check=False)
+        cases = list(ET.parse(report).iter("testcase"))
+    outcomes: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for case in cases:
+        test, _, parameters = case.attrib["name"].partition("[")
+        outcome = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
+        outcomes[test][outcome].append(parameters.rstrip("]").partition("-")[2])
+    lines = [
+        "# timm's model tests",
+        "",
+        f"`tests/test_models.py` of timm {timm.__version__} run on our registered variants with torch "
+        f"{torch.__version__}, by `python docs/run_timm_tests.py path/to/pytorch-image-models`.",
+        "",
+        "| test | passed | skipped | failed | why |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for test, kinds in outcomes.items():
+        failed = kinds["failure"] + kinds["error"]
+        if not any(kinds[kind] for kind in ("passed", "failure", "error")) and set(kinds["skipped"]) <= {""}:
+            continue
+        why = WHY.get(test, ", ".join(failed)) if failed else ""
+        if kinds["skipped"]:
+            why = f"{why} skipped by timm for their size: {', '.join(kinds['skipped'])}".strip()
+        lines.append(f"| `{test}` | {len(kinds['passed'])} | {len(kinds['skipped'])} | {len(failed)} | {why} |")
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,67 @@
+"""Files of the Hugging Face hub, from its cache where they are there; what to do where they are not."""
+
+from pathlib import Path
+
+PREFIX = "hf-hub:"
+"""Begins the name of a model on the hub, as in timm: `hf-hub:user/name`."""
+
+
+def download(repo_id: str, filename: str) -> Path:
+    """Path of a file of a hub repository in the local cache, downloaded if need be.
+
+    The hub's environment variables hold: `HF_HOME` (cache), `HF_HUB_OFFLINE=1` (cache only), `HF_TOKEN`, `HF_ENDPOINT`.
+
+    Raises:
+        FileNotFoundError: The repository or file does not exist, or there is no network and it is not in the cache.
+    """
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        return Path(hf_hub_download(repo_id, filename))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{repo_id!r} is no name of a repository, such as user/name") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(f"the hub has no repository {repo_id}, or it is private (set HF_TOKEN)") from error
+    except LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise FileNotFoundError(
+            f"{repo_id}/{filename} is not in the cache and {why}; "
+            "download it where there is a network and pass the local file: create_model(…, pretrained='path/to/file')"
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} has no {filename} on the hub") from error
+    except (HfHubHTTPError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{repo_id}/{filename} could not be downloaded: {first_line}; "
+            "try again, or pass a local file: create_model(…, pretrained='path/to/file')"
+        ) from error
+
+
+def upload(folder: Path, repo_id: str, *, private: bool) -> str:
+    """Puts the files of a folder into a hub repository, which is made if need be; returns its address.
+
+    Raises:
+        OSError: The hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.utils import HFValidationError
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="sequencer2d push_to_hub")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"{repo_id} could not be uploaded: {first_line}; log in with `hf auth login`, or set HF_TOKEN"
+        ) from error
+    return str(address)
