@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
+from rich.table import Column, Table
 
 from sequencer2d.cli import DONE, PROBLEM, STOPPED
 from sequencer2d.files import write_atomic
@@ -154,10 +153,9 @@ def models(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.image_size is not None and options.image_size < 1:
         raise ValueError(f"--image-size {options.image_size} must be at least 1")
-    headings = ("parameters", "image", "MACs", "train", "infer", "weights")
-    table = Table("name", *headings, box=SIMPLE, padding=(0, 1))
-    for column in table.columns:
-        column.no_wrap = True
+    headings = ("params", "image", "MACs", "MiB train", "MiB infer")
+    numbers = (Column(heading, justify="right", no_wrap=True) for heading in headings)
+    table = Table(Column("name", no_wrap=True), *numbers, "weights", box=None, padding=(0, 1, 0, 0))
     for name in list_models(options.contains):
         variant = VARIANTS[name]
         side = options.image_size or variant.image_size
@@ -167,8 +165,8 @@ def models(arguments: list[str]) -> int:
             f"{cost.parameters / 1e6:.2f} M",
             f"{side}²",
             f"{cost.macs / 1e9:.2f} G",
-            f"{cost.training_activations * 4 / 2**20:.0f} MiB",
-            f"{cost.inference_activations * 4 / 2**20:.1f} MiB",
+            f"{cost.training_activations * 4 / 2**20:.0f}",
+            f"{cost.inference_activations * 4 / 2**20:.1f}",
             "hub" if variant.hub_id else "–",
         )
     Console().print(table)
