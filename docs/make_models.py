@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sequencer2d.flops import attention_costs, bilstm2d_costs, costs
 from sequencer2d.layers import BiLSTM2D
-from sequencer2d.zoo import VARIANTS, grid_sizes, timm_name
+from sequencer2d.zoo import VARIANTS, create_model, grid_sizes, timm_name
 
 DOCS = Path(__file__).parent
 SIDES = (16, 32, 64, 128)
@@ -80,8 +80,12 @@ def kept_mib(layer: nn.Module, x: Tensor) -> float:
 
 
 def measure() -> dict[str, Any]:
-    """Kept memory in fp32, one image, by grid; the plain attention only where it fits."""
-    rows: dict[str, Any] = {}
+    """Kept memory in fp32, one image, by grid; the plain attention only where it fits. And of S with checkpointing."""
+    rows: dict[str, Any] = {"torch": torch.__version__}
+    model = create_model("sequencer2d_s").train()
+    for key, enable in (("whole", False), ("checkpointed", True)):
+        model.set_grad_checkpointing(enable)
+        rows[key] = kept_mib(model, torch.zeros(1, 3, 224, 224))
     for side in SIDES:
         tokens = side**2
         grid = torch.zeros(1, side, side, DIM, requires_grad=True)
@@ -247,7 +251,14 @@ def main(arguments: list[str]) -> None:
     draw_attention(folder / "attention.svg")
     path = DOCS / "models.md"
     page = put(path.read_text(), "variants", variants_table())
-    page = put(page, "attention", attention_table(json.loads(measured.read_text())))
+    seen = json.loads(measured.read_text())
+    page = put(
+        page,
+        "checkpointing",
+        f"`model.set_grad_checkpointing()` keeps only the inputs of blocks in training: "
+        f"{seen['checkpointed']:.0f} instead of {seen['whole']:.0f} MiB for an image of 224² in S, measured with torch {seen['torch']} on a CPU.",
+    )
+    page = put(page, "attention", attention_table(seen))
     path.write_text(page)
 
 

@@ -1,6 +1,6 @@
 """Runs timm's own model tests on our variants and writes docs/timm.md.
 
-`python docs/run_timm_tests.py path/to/pytorch-image-models` (a checkout of timm whose version is the one installed).
+`python docs/run_timm_tests.py path/to/pytorch-image-models` (a checkout of timm).
 Its `tests/test_models.py` is taken as it is but for two lines: the models are ours, and our module is among those whose
 intermediate features are tested.
 """
@@ -34,6 +34,8 @@ WHY = {
 
 
 def main(checkout: Path) -> None:
+    git = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "an unknown commit"
     source = (checkout / "tests" / "test_models.py").read_text()
     source = source.replace("FEAT_INTER_FILTERS = [", "FEAT_INTER_FILTERS = ['registry',", 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +52,9 @@ def main(checkout: Path) -> None:
     lines = [
         "# timm's model tests",
         "",
-        f"`tests/test_models.py` of timm {timm.__version__} run on our registered variants with torch "
-        f"{torch.__version__}, by `python docs/run_timm_tests.py path/to/pytorch-image-models`.",
+        f"`tests/test_models.py` of timm's repository at {commit[:12]} run on our registered variants, with timm "
+        f"{timm.__version__} and torch {torch.__version__}, by "
+        "`python docs/run_timm_tests.py path/to/pytorch-image-models`.",
         "",
         "| test | passed | skipped | failed | why |",
         "| --- | --- | --- | --- | --- |",
