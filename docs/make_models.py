@@ -255,8 +255,9 @@ def main(arguments: list[str]) -> None:
     page = put(
         page,
         "checkpointing",
-        f"`model.set_grad_checkpointing()` keeps only the inputs of blocks in training: "
-        f"{seen['checkpointed']:.0f} instead of {seen['whole']:.0f} MiB for an image of 224² in S, measured with torch {seen['torch']} on a CPU.",
+        "`model.set_grad_checkpointing()` keeps only the inputs of blocks in training: "
+        f"{seen['checkpointed']:.0f} instead of {seen['whole']:.0f} MiB for an image of 224² in S,\n"
+        f"measured with torch {seen['torch']} on a CPU.",
     )
     page = put(page, "attention", attention_table(seen))
     path.write_text(page)

@@ -21,7 +21,7 @@ import timm
 _all = timm.list_models
 def _ours(*arguments, **options):
     names = _all(*arguments, **options)
-    return [name for name in names if timm.is_model_in_modules(name.partition(".")[0], {"registry"})]
+    return [name for name in names if timm.models.is_model_in_modules(name.partition(".")[0], {"registry"})]
 timm.list_models = _ours
 """
 WHY = {
