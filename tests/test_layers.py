@@ -25,13 +25,13 @@ from sequencer2d.layers import (
     pad_to_multiple,
 )
 
-SIZES = {"UnfusedBiLSTM2D": 2, "VerticalBiLSTM": 4, "HorizontalBiLSTM": 4, "BiLSTM1D": 4}
-"""Hidden sizes of the mixers that have no linear layer, for 8 channels."""
+UNFUSED = {"UnfusedBiLSTM2D": 4, "VerticalBiLSTM": 2, "HorizontalBiLSTM": 2, "BiLSTM1D": 2}
+"""How many hidden sizes make the channels of the mixers that have no linear layer."""
 
 
-def make_mixer(name: str, seed: int = 0) -> nn.Module:
+def make_mixer(name: str, seed: int = 0, channels: int = 8, hidden_size: int = 3) -> nn.Module:
     torch.manual_seed(seed)
-    return MIXERS[name](8, SIZES.get(name, 3)).double()
+    return MIXERS[name](channels, channels // UNFUSED[name] if name in UNFUSED else hidden_size).double()
 
 
 def mix_by_hand(mixer: nn.Module, x: Tensor) -> Tensor:
@@ -56,10 +56,14 @@ SHAPES = {"batch": st.integers(1, 3), "height": st.integers(1, 6), "width": st.i
 
 
 @pytest.mark.parametrize("name", MIXERS)
-@settings(deadline=None, max_examples=10)
-@given(**SHAPES)
-def test_every_mixer_equals_its_equations(name: str, batch: int, height: int, width: int) -> None:
-    mixer, x = make_mixer(name), torch.randn(batch, height, width, 8, dtype=torch.float64)
+@settings(deadline=None, max_examples=15)
+@given(**SHAPES, channels=st.sampled_from([4, 8, 12]), hidden_size=st.integers(1, 5))
+def test_every_mixer_equals_its_equations(
+    name: str, batch: int, height: int, width: int, channels: int, hidden_size: int
+) -> None:
+    mixer = make_mixer(name, channels=channels, hidden_size=hidden_size)
+    x = torch.randn(batch, height, width, channels, dtype=torch.float64)
+    assert mixer(x).shape == x.shape
     torch.testing.assert_close(mixer(x), mix_by_hand(mixer, x), rtol=0, atol=1e-12)
 
 
@@ -134,7 +138,7 @@ def test_precision_is_that_of_the_weights_or_of_autocast(name: str) -> None:
     assert (mixer.double()(x.double()) - exact).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["UnfusedBiLSTM2D", "VerticalBiLSTM", "HorizontalBiLSTM", "BiLSTM1D"])
+@pytest.mark.parametrize("name", UNFUSED)
 def test_without_a_linear_layer_the_widths_must_agree(name: str) -> None:
     with pytest.raises(ValueError, match=r"put out (20|10) channels where the block has 8"):
         MIXERS[name](8, 5)

@@ -46,6 +46,11 @@ def test_arguments_are_timms() -> None:
     assert resolve_data_config(model=model)["crop_pct"] == 0.875
 
 
+def test_models_of_our_own_zoo_tell_timm_their_preprocessing() -> None:
+    config = resolve_data_config(model=create_model("sequencer2d_s_392", layers=(1, 1, 1, 1)))
+    assert (config["input_size"], config["crop_pct"], config["interpolation"]) == ((3, 392, 392), 1.0, "bicubic")
+
+
 def test_a_head_can_be_replaced_and_removed() -> None:
     model = small(num_classes=7)
     features = model.forward_features(IMAGE)

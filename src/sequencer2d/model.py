@@ -121,9 +121,14 @@ class Sequencer2D(nn.Module):
     mlp_ratios=(3.0,)))(torch.randn(1, 3, 32, 32)).shape == (1, 1000)`
     """
 
+    default_cfg: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    """What timm wants to know beside the weights; `zoo.create_model` and timm's set them."""
+
     def __init__(self, config: SequencerConfig) -> None:
         super().__init__()
         self.config = config
+        self.default_cfg = self.pretrained_cfg = {}
         self.num_features = self.head_hidden_size = config.embed_dims[-1]
         self.output_fmt = "NHWC"  # of forward_features, as timm says it
         self.feature_dim = -1

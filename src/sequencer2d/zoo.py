@@ -244,6 +244,7 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
         published = ", ".join(name for name, variant in VARIANTS.items() if variant.hub_id)
         raise ValueError(f"no weights of {name} are published ({published} have some); pass pretrained='path/to/file'")
     model = Sequencer2D(config)
+    model.default_cfg = model.pretrained_cfg = variant.default_cfg()
     if pretrained:
         path = download(variant.hub_id, "model.safetensors") if pretrained is True else Path(pretrained)
         notes = load_weights(model, path)
