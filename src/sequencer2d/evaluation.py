@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 
 from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.loaders import eval_loader
-from sequencer2d.data.transforms import eval_transform, normalize
+from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.weights import ModelCard, find_model_file, load_model
@@ -179,7 +179,7 @@ def evaluate_images(
     all_indices: list[Tensor] = []
     skipped: list[str] = []
     done = 0
-    for batch in eval_loader(images, eval_transform(preprocessing), batch_size=batch_size, num_workers=num_workers):
+    for batch in eval_loader(images, EvalTransform(preprocessing), batch_size=batch_size, num_workers=num_workers):
         skipped += batch.skipped
         if len(batch.images):
             all_logits.append(model(normalize(batch.images.to(device), preprocessing)).float().cpu())

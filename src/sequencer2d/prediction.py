@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
 
 from sequencer2d.data.images import IMAGE_EXTENSIONS, ImageError, open_image
-from sequencer2d.data.transforms import eval_transform, normalize
+from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.files import write_atomic
 from sequencer2d.weights import load_model
 
@@ -47,22 +47,22 @@ def predict(
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1")
     network, card = load_model(model)
-    transform = eval_transform(card.preprocessing)
+    transform = EvalTransform(card.preprocessing)
     top_k = min(top_k, len(card.class_names))
     files = _files(paths)
     while chunk := list(islice(files, batch_size)):
-        images: list[np.ndarray] = []
+        images: list[Image.Image] = []
         errors: list[str | None] = []
         for path in chunk:
             try:
                 source = io.BytesIO(sys.stdin.buffer.read()) if path == "-" else path
-                images.append(transform(open_image(source)))
+                images.append(open_image(source))
                 errors.append(None)
             except ImageError as error:
                 errors.append(str(error))
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
         if images:
-            logits = network(normalize(torch.from_numpy(np.stack(images)), card.preprocessing))
+            logits = network(normalize(torch.from_numpy(transform(images, [0] * len(images))), card.preprocessing))
             best = logits.float().softmax(-1).topk(top_k)
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, error in zip(chunk, errors, strict=True):

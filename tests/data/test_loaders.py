@@ -1,7 +1,6 @@
 """Which images, in which order, with which random numbers: the same for any number of workers, and after a stop."""
 
 import itertools
-import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sequencer2d.data.images import ImageError
+from sequencer2d.data.images import ImageError, Reduction
 from sequencer2d.data.loaders import Batch, CachedImages, ShuffledBatches, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, FileImages, ImageSet
-from sequencer2d.data.transforms import ImageTransform, eval_transform, train_transform
+from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import AugmentConfig, TrainConfig, resolve
 
@@ -40,7 +39,7 @@ class Damaged(ImageSet):
     def __init__(self, images: ImageSet, damaged: set[int]) -> None:
         self.images, self.damaged, self.labels = images, damaged, images.labels
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         if index in self.damaged:
             raise ImageError(f"{self.name(index)}: truncated")
         return self.images.image(index)
@@ -52,17 +51,10 @@ class Damaged(ImageSet):
         raise NotImplementedError
 
 
-def random_transform() -> ImageTransform:
-    """Draws from all three generators."""
+def random_transform() -> TrainTransform:
     augment = AugmentConfig(crop="padded", auto_augment="rand-m9-mstd0.5-inc1")
     config = resolve(TrainConfig(augment=augment), model="any", image_size=8, crop_pct=1.0)
-    augmented = train_transform(config.augment, PREPROCESSING)
-
-    def transform(image: Image.Image) -> np.ndarray:
-        noise = random.randrange(9) + np.random.randint(9) + int(torch.randint(9, ()))
-        return augmented(image) + np.uint8(noise)
-
-    return transform
+    return TrainTransform(config.augment, PREPROCESSING)
 
 
 def train_loader(images: ImageSet, *, batch_size: int = 4, seed: int = 0, num_workers: int = 0) -> TrainLoader:
@@ -129,7 +121,8 @@ def test_order_and_augmentation_follow_from_seed_and_epoch() -> None:
 
 
 def test_the_same_image_is_augmented_otherwise_in_another_epoch() -> None:
-    loader = train_loader(numbered(24))
+    noise = np.random.RandomState(0).randint(0, 256, (24, 8, 8, 3)).astype(np.uint8)
+    loader = train_loader(ArrayImages(noise, np.arange(24), [f"images/{i}" for i in range(24)]))
     first, second = (
         {
             label: pixels
@@ -210,7 +203,7 @@ def test_an_unreadable_image_is_left_out_and_named_once_an_epoch() -> None:
 
 
 def test_a_batch_of_unreadable_images_is_empty() -> None:
-    (batch,) = eval_loader(Damaged(numbered(3), {0, 1, 2}), eval_transform(PREPROCESSING), batch_size=4)
+    (batch,) = eval_loader(Damaged(numbered(3), {0, 1, 2}), EvalTransform(PREPROCESSING), batch_size=4)
     assert (len(batch.images), len(batch.labels), len(batch.skipped)) == (0, 0, 3)
     assert (batch.images.ndim, batch.images.dtype, batch.labels.dtype) == (4, torch.uint8, torch.int64)
 
@@ -220,7 +213,7 @@ def test_a_truncated_file_is_skipped_by_its_path(tmp_path: Path, photo: Image.Im
     photo.save(tmp_path / "b.jpg")
     (tmp_path / "c.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:5000])
     images = FileImages(tmp_path, ["a.jpg", "c.jpg", "b.jpg"], np.array([0, 1, 2]))
-    (batch,) = eval_loader(images, eval_transform(PREPROCESSING), batch_size=4)
+    (batch,) = eval_loader(images, EvalTransform(PREPROCESSING), batch_size=4)
     assert batch.labels.tolist() == [0, 2]
     assert len(batch.skipped) == 1
     assert batch.skipped[0].startswith(str(tmp_path / "c.jpg"))
@@ -229,7 +222,7 @@ def test_a_truncated_file_is_skipped_by_its_path(tmp_path: Path, photo: Image.Im
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 4, 10, 50])
 def test_evaluation_has_every_image_once_and_in_order(batch_size: int, num_workers: int) -> None:
-    loader = eval_loader(numbered(10), eval_transform(PREPROCESSING), batch_size=batch_size, num_workers=num_workers)
+    loader = eval_loader(numbered(10), EvalTransform(PREPROCESSING), batch_size=batch_size, num_workers=num_workers)
     batches = list(loader)
     assert labels(batches) == list(range(10))
     assert torch.cat([batch.images for batch in batches])[:, 0, 0, 0].tolist() == list(range(10))
@@ -240,9 +233,9 @@ class Counting(ArrayImages):
 
     reads = 0
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         self.reads += 1
-        return super().image(index)
+        return super().image(index, reduction)
 
 
 def counting(count: int, side: int) -> Counting:

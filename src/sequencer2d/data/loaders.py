@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
-from sequencer2d.data.images import ImageError
+from sequencer2d.data.images import ImageError, Reduction
 from sequencer2d.data.sets import ImageSet
-from sequencer2d.data.transforms import ImageTransform
+from sequencer2d.data.transforms import BatchTransform
 
 Key = tuple[int, int]
 """Index of an image and the seed of its augmentation."""
@@ -71,14 +71,14 @@ class TrainLoader(DataLoader[Any]):
     """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint."""
 
     def __init__(
-        self, images: ImageSet, transform: ImageTransform, *, batch_size: int, seed: int, num_workers: int
+        self, images: ImageSet, transform: BatchTransform, *, batch_size: int, seed: int, num_workers: int
     ) -> None:
         self.batches = ShuffledBatches(len(images), batch_size, seed)
         self.position = 0
         super().__init__(
             TransformedImages(images, transform),
             batch_sampler=self.batches,
-            collate_fn=collate,
+            collate_fn=as_it_is,
             num_workers=num_workers,
             worker_init_fn=leave_ctrl_c_to_main,
             persistent_workers=num_workers > 0,
@@ -99,7 +99,7 @@ class TrainLoader(DataLoader[Any]):
 
 
 def eval_loader(
-    images: ImageSet, transform: ImageTransform, *, batch_size: int, num_workers: int = 0
+    images: ImageSet, transform: BatchTransform, *, batch_size: int, num_workers: int = 0
 ) -> DataLoader[Any]:
     """All images once, in order, as `Batch`es."""
     keys = [
@@ -109,51 +109,41 @@ def eval_loader(
     return DataLoader(
         TransformedImages(images, transform),
         batch_sampler=keys,
-        collate_fn=collate,
+        collate_fn=as_it_is,
         num_workers=num_workers,
         worker_init_fn=leave_ctrl_c_to_main,
     )
 
 
-class Sample(NamedTuple):
-    """An image on its way into a batch."""
+class TransformedImages(Dataset[Batch]):
+    """Decodes the images of a batch and transforms them; those that cannot be decoded are left out by name."""
 
-    image: UInt8[np.ndarray, "H W C"]
-    label: int
-    position: int
-    """In its `ImageSet`."""
-
-
-class TransformedImages(Dataset[Sample | str]):
-    """Decodes and transforms one image, or says why it cannot."""
-
-    def __init__(self, images: ImageSet, transform: ImageTransform) -> None:
+    def __init__(self, images: ImageSet, transform: BatchTransform) -> None:
         self.images = images
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> Sample | str:
-        index, seed = key
-        seed_generators(seed)
-        try:
-            image = self.images.image(index)
-        except ImageError as error:
-            return str(error)
-        return Sample(self.transform(image), int(self.images.labels[index]), index)
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        decoded, good, skipped = [], [], []
+        for key in keys:
+            try:
+                decoded.append(self.images.image(key[0], self.transform.reduction(key[1])))
+                good.append(key)
+            except ImageError as error:
+                skipped.append(str(error))
+        if not good:
+            empty = torch.zeros(0, dtype=torch.int64)
+            return Batch(torch.zeros((0, 1, 1, 3), dtype=torch.uint8), empty, empty, skipped)
+        indices, seeds = zip(*good, strict=True)
+        images = torch.from_numpy(self.transform(decoded, seeds))
+        return Batch(images, torch.from_numpy(self.images.labels[list(indices)]), torch.tensor(indices), skipped)
 
 
-def collate(samples: list[Sample | str]) -> Batch:
-    """Stacks what could be read. A batch of which nothing could be read has 0 images."""
-    good = [sample for sample in samples if not isinstance(sample, str)]
-    images = np.stack([sample.image for sample in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)
-    return Batch(
-        torch.from_numpy(images),
-        torch.tensor([sample.label for sample in good], dtype=torch.int64),
-        torch.tensor([sample.position for sample in good], dtype=torch.int64),
-        [sample for sample in samples if isinstance(sample, str)],
-    )
+def as_it_is(batch: Any) -> Any:
+    """A batch comes whole out of its data set, so there is nothing to collate."""
+    return batch
 
 
 class CachedImages(ImageSet):
@@ -171,7 +161,7 @@ class CachedImages(ImageSet):
     def subset(self, indices: Sequence[int] | np.ndarray) -> "CachedImages":
         return CachedImages(self.images.subset(indices), self.free_bytes)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         if index in self.decoded:
             return Image.fromarray(self.decoded[index])
         image = self.images.image(index)

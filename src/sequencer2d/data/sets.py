@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int, Int64, UInt8
 from PIL import Image
 
-from sequencer2d.data.images import open_image
+from sequencer2d.data.images import Reduction, open_image
 from sequencer2d.data.splits import stratified_split
 
 
@@ -23,8 +23,8 @@ class ImageSet(ABC):
         return len(self.labels)
 
     @abstractmethod
-    def image(self, index: int) -> Image.Image:
-        """One image, mode RGB.
+    def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        """One image, mode RGB; smaller, where it is a JPEG and `reduction` allows it (see `open_image`).
 
         Raises:
             ImageError: The image is not usable.
@@ -48,7 +48,7 @@ class ArrayImages(ImageSet):
         self.labels = labels.astype(np.int64)
         self.names = list(names)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         return Image.fromarray(self.array[index])
 
     def name(self, index: int) -> str:
@@ -68,8 +68,8 @@ class FileImages(ImageSet):
         self.files = list(files)
         self.labels = labels.astype(np.int64)
 
-    def image(self, index: int) -> Image.Image:
-        return open_image(self.root / self.files[index])
+    def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        return open_image(self.root / self.files[index], reduction)
 
     def name(self, index: int) -> str:
         return self.files[index]

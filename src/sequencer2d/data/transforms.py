@@ -1,74 +1,170 @@
 """From a PIL image to the numbers a model sees.
 
-Transforms are per image and give uint8 `[H, W, 3]`; `normalize` turns a batch of them into floats on the device.
-Randomness comes from Python's, NumPy's and PyTorch's global generators, which the loader seeds per image.
+Transforms give uint8 `[B, H, W, 3]`; `normalize` turns it into floats on the device.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float64, Int64, Integer, UInt8, UInt64
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from sequencer2d.data.augment import AugmentConfig
+from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig
+from sequencer2d.data.images import Reduction
+from sequencer2d.data.rand_augment import RandAugment
 from sequencer2d.preprocessing import Preprocessing
 
-ImageTransform = Callable[[Image.Image], UInt8[np.ndarray, "H W C"]]
+
+@runtime_checkable
+class BatchTransform(Protocol):
+    """What happens to images on their way into a batch."""
+
+    def __call__(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> UInt8[np.ndarray, "B H W C"]:
+        """A batch of images; what is random about an image follows from its seed."""
+        ...
+
+    def reduction(self, seed: int) -> Reduction | None:
+        """How much smaller the image of that seed may be decoded without loss for the batch."""
+        ...
 
 
 MAX_ASPECT = 8
 """Of a longer image only the middle is looked at: resizing 2×20,000 pixels whole would take gigabytes."""
 
 
-def eval_transform(preprocessing: Preprocessing) -> ImageTransform:
-    """Resize the shorter side, cut out the centre (timm's `transforms_imagenet_eval`)."""
-    size = preprocessing.image_size
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    return transforms.Compose(
-        [
-            limit_aspect,
-            transforms.Resize(int(size / preprocessing.crop_pct), interpolation),
-            transforms.CenterCrop(size),
-            np.asarray,
-        ]
-    )
+class EvalTransform:
+    """Resize the shorter side, cut out the centre (timm's `transforms_imagenet_eval`); nothing is random."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        size = preprocessing.image_size
+        interpolation = InterpolationMode(preprocessing.interpolation)
+        resize = transforms.Resize(int(size / preprocessing.crop_pct), interpolation)
+        self.steps = transforms.Compose([limit_aspect, resize, transforms.CenterCrop(size)])
+
+    def reduction(self, seed: int) -> Reduction | None:
+        return None  # so that accuracies are those of other implementations to the last digit
+
+    def __call__(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> UInt8[np.ndarray, "B S S 3"]:
+        return np.stack([np.asarray(self.steps(image)) for image in images])
 
 
-def train_transform(augment: AugmentConfig, preprocessing: Preprocessing) -> ImageTransform:
-    """Random crop, flip and RandAugment (timm's `transforms_imagenet_train`; erasing and mixing act on batches).
+class TrainTransform:
+    """Random crop, flip and RandAugment of a batch (timm's `transforms_imagenet_train`; erasing and mixing come later).
+
+    What happens to an image is a function of its seed alone, whatever the batch it is in.
 
     Args:
         augment: Resolved, that is without `None`.
         preprocessing: Size and mean; the mean fills the corners of rotated images.
     """
-    size = preprocessing.image_size
-    steps: list[Any] = []
-    if augment.crop == "padded":
-        steps.append(limit_aspect)
-        steps.append(transforms.Resize(size, InterpolationMode(preprocessing.interpolation)))
-        steps.append(transforms.RandomCrop(size, padding=max(1, size // 8), padding_mode="reflect"))
-    else:
-        steps.append(
-            RandomResizedCropAndInterpolation(
-                size, scale=augment.scale, ratio=augment.ratio, interpolation=augment.interpolation
+
+    def __init__(self, augment: AugmentConfig, preprocessing: Preprocessing) -> None:
+        self.augment = augment
+        self.size = preprocessing.image_size
+        self.resize = transforms.Resize(self.size, InterpolationMode(preprocessing.interpolation))
+        self.rand_augment = None
+        if augment.auto_augment not in (None, "none"):
+            self.rand_augment = RandAugment(
+                augment.auto_augment,
+                fill=tuple(round(255 * channel) for channel in preprocessing.mean),
+                interpolation=augment.interpolation,
             )
+
+    def reduction(self, seed: int) -> Reduction | None:
+        """So much that the part to be cut out has no fewer pixels than it is resized to."""
+        if self.augment.crop == "padded":
+            return None
+
+        def times(width: int, height: int) -> int:
+            left, upper, right, lower = self._box(width, height, uniforms(np.array([seed]), _CROP_RANDOMS)[0])
+            return max(1, min(right - left, lower - upper) // self.size)
+
+        return times
+
+    def __call__(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> UInt8[np.ndarray, "B S S 3"]:
+        count = self.rand_augment.num_randoms if self.rand_augment else 0
+        randoms = uniforms(np.asarray(seeds), _CROP_RANDOMS + 1 + count)
+        crop = self._shift if self.augment.crop == "padded" else self._resized_crop
+        batch = np.stack([crop(image, random) for image, random in zip(images, randoms, strict=True)])
+        flipped = randoms[:, _CROP_RANDOMS] < (self.augment.hflip or 0)
+        batch[flipped] = batch[flipped, :, ::-1]
+        if self.rand_augment:
+            self.rand_augment(batch, randoms[:, _CROP_RANDOMS + 1 :])
+        return batch
+
+    def _shift(self, image: Image.Image, random: Float64[np.ndarray, "R"]) -> UInt8[np.ndarray, "S S 3"]:
+        """A square cut out of the image with a reflected border of an eighth."""
+        size = self.size
+        if image.size != (size, size):
+            image = self.resize(limit_aspect(image))
+        border = max(1, size // 8)
+        rows, columns = (
+            _reflected(int(number * (side + 2 * border - size + 1)) - border, size, side)
+            for number, side in zip(random, (image.height, image.width), strict=False)
         )
-    if augment.hflip:
-        steps.append(transforms.RandomHorizontalFlip(augment.hflip))
-    if augment.auto_augment not in (None, "none"):
-        fill = tuple(round(255 * channel) for channel in preprocessing.mean)
-        options = {"translate_const": int(size * 0.45), "img_mean": fill}
-        if augment.interpolation != "random":
-            options["interpolation"] = str_to_pil_interp(augment.interpolation)
-        steps.append(rand_augment_transform(augment.auto_augment, options))
-    return transforms.Compose([*steps, np.asarray])
+        return np.asarray(image)[rows[:, None], columns]
+
+    def _resized_crop(self, image: Image.Image, random: Float64[np.ndarray, "R"]) -> UInt8[np.ndarray, "S S 3"]:
+        """A random part of the image, resized (torchvision's `RandomResizedCrop.get_params`)."""
+        box = self._box(image.width, image.height, random)
+        interpolation = self.augment.interpolation
+        if interpolation == "random":
+            interpolation = "bilinear" if random[2] < 0.5 else "bicubic"
+        part = image.crop(box)
+        if self.size <= SMALL_IMAGE_SIZE:
+            return np.asarray(part.resize((self.size, self.size), Image.Resampling[interpolation.upper()]))
+        # PyTorch's resampling of uint8 is Pillow's but for rounding, and three times as fast on such sizes.
+        channels_first = torch.from_numpy(np.array(part).reshape(1, part.height, part.width, 3)).permute(0, 3, 1, 2)
+        resized = interpolate(channels_first, (self.size, self.size), mode=interpolation, antialias=True)
+        return resized.permute(0, 2, 3, 1)[0].numpy()
+
+    def _box(self, width: int, height: int, random: Float64[np.ndarray, "R"]) -> tuple[int, int, int, int]:
+        """Left, upper, right and lower edge: of the first of ten tries that fits, else of the largest centre."""
+        (small, large), (narrow, wide) = self.augment.scale, self.augment.ratio
+        areas = width * height * (small + (large - small) * random[3 : 3 + _TRIES])
+        ratios = np.exp(math.log(narrow) + math.log(wide / narrow) * random[3 + _TRIES : _CROP_RANDOMS])
+        widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+        fitting = np.flatnonzero((widths > 0) & (widths <= width) & (heights > 0) & (heights <= height))
+        if len(fitting):
+            w, h = int(widths[fitting[0]]), int(heights[fitting[0]])
+            left, upper = int(random[0] * (width - w + 1)), int(random[1] * (height - h + 1))
+        else:
+            ratio = min(max(width / height, narrow), wide)
+            w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
+            left, upper = (width - w) // 2, (height - h) // 2
+        return left, upper, left + w, upper + h
+
+
+_TRIES = 10
+_CROP_RANDOMS = 3 + 2 * _TRIES
+"""Of an image: place across and down, interpolation, and area and aspect ratio of each try."""
+
+
+def _reflected(start: int, count: int, length: int) -> Int64[np.ndarray, "C"]:
+    """Indices `start … start + count`, those outside `0 … length` reflected at the border."""
+    indices = np.abs(np.arange(start, start + count))
+    return length - 1 - np.abs(length - 1 - indices)
+
+
+def uniforms(seeds: Integer[np.ndarray, "B"], count: int) -> Float64[np.ndarray, "B R"]:
+    """Random numbers in [0, 1), a row for each seed: SplitMix64 (Steele et al. 2014), where none needs another."""
+    with np.errstate(over="ignore"):
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = _mixed(seeds.astype(np.uint64))[:, None] + steps
+        return (_mixed(z) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mixed(z: UInt64[np.ndarray, "..."]) -> UInt64[np.ndarray, "..."]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def limit_aspect(image: Image.Image) -> Image.Image:
@@ -82,6 +178,9 @@ def limit_aspect(image: Image.Image) -> Image.Image:
 
 def normalize(images: UInt8[Tensor, "B H W C"], preprocessing: Preprocessing) -> Float[Tensor, "B C H W"]:
     """Floats with the data set's mean and standard deviation, channels first, on the images' device."""
-    mean = torch.tensor(preprocessing.mean, device=images.device) * 255
-    std = torch.tensor(preprocessing.std, device=images.device) * 255
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2).contiguous()
+    mean, std = (
+        255 * torch.tensor(values, device=images.device).view(3, 1, 1)
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    floats = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return floats.sub_(mean).div_(std)

@@ -19,7 +19,7 @@ from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
-from sequencer2d.data.transforms import eval_transform, train_transform
+from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
@@ -228,13 +228,13 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
     workers = config.num_workers or 0
     train_loader = TrainLoader(
         train_images,
-        train_transform(config.augment, run.preprocessing),
+        TrainTransform(config.augment, run.preprocessing),
         batch_size=config.batch_size,
         seed=config.seed,
         num_workers=workers,
     )
     val_loader = eval_loader(
-        val_images, eval_transform(run.preprocessing), batch_size=config.batch_size, num_workers=workers
+        val_images, EvalTransform(run.preprocessing), batch_size=config.batch_size, num_workers=workers
     )
     task = SequencerTask(model, config, run.preprocessing, len(train_loader))
 
