@@ -102,13 +102,13 @@ def _fetch_patiently(
     url: str, part: Path, progress: Progress | None, timeout_s: float, attempts: int, backoff_s: float
 ) -> None:
     """Attempts until `part` is complete. An attempt counts as failed unless the file got longer than ever before."""
-    failed, longest = 0, -1
+    failed, longest = 0, _size(part)
     while True:
         try:
             return _fetch(url, part, progress, timeout_s)
         except _PassingError as error:
             size = _size(part)
-            failed = 0 if longest >= 0 and size > longest else failed + 1
+            failed = 0 if size > longest else failed + 1
             longest = max(longest, size)
             if failed >= attempts:
                 raise
