@@ -89,7 +89,7 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
         (["predict"], "model"),
         (["evaluate", "nowhere"], "nowhere"),
         (["models", "--nothing"], "--nothing"),
-        (["prepare", "cifar10"], "--root"),
+        (["prepare", "cifar10"], "root"),
         (["prepare", "cifar", "--root", "data"], "did you mean cifar10?"),
         (["prepare", "imagenet", "--root", "data"], "cannot be downloaded"),
         (["prepare", "pets", "--root", "data", "--source", "nowhere"], "nowhere: no such archive or folder"),

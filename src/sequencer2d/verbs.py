@@ -141,8 +141,6 @@ def predict(arguments: list[str]) -> int:
 
 def prepare(arguments: list[str]) -> int:
     """`sequencer2d prepare`"""
-    from sequencer2d.data.prepare import prepare as run_preparation
-
     parser = VerbParser(
         "sequencer2d prepare",
         description="Make a data set ready for training: ROOT/NAME/{train,val,test}/CLASS/FILE and classes.json. "
@@ -159,7 +157,8 @@ def prepare(arguments: list[str]) -> int:
     parser.add_argument("--val_fraction", type=float, default=0.1, help=fraction_help)
     parser.add_argument("--seed", type=int, default=0, help="seed of that split")
     options = parser.parse_args(arguments).as_dict()
-    _log_to_screen()
+    from sequencer2d.data.prepare import prepare as run_preparation
+
     with _progress_bars() as progress:
         result = run_preparation(**options, progress=progress)
     images = ", ".join(f"{count:,} {split}" for split, count in result.num_images.items())
@@ -172,20 +171,31 @@ def prepare(arguments: list[str]) -> int:
 
 @contextmanager
 def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each thing that is done, with rate and remaining time, on standard error where that is a terminal."""
+    """A bar with rate and remaining time for each thing that is done, below our log; on standard error, at a terminal.
+
+    The log is there in any case, and goes back to what it was before.
+    """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    tasks = {}
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    logger = logging.getLogger("sequencer2d")
+    level, tasks = logger.level, {}
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
 
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total or None)
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what)
+                bars.update(tasks[what], completed=done, total=total or None)
 
-        yield show
+            yield show
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def models(arguments: list[str]) -> int:

@@ -2,6 +2,10 @@
 
 import errno
 import hashlib
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 from collections import namedtuple
 from collections.abc import Iterator
@@ -240,3 +244,35 @@ def test_two_at_once_fetch_once(server: Server, tmp_path: Path) -> None:
         thread.join()
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
     assert server.requests == [None]
+
+
+def test_killed_and_gone_on_with(server: Server, tmp_path: Path) -> None:
+    """`kill -9` after so many bytes, again and again: every process adds to what the one before has left."""
+    program = """
+        import os, signal, sys
+        from pathlib import Path
+        from sequencer2d.data import download as module
+
+        module.CHUNK = 1000
+        url, path, checksum = sys.argv[1:]
+        pieces = 0
+
+        def stop(what, done, total):
+            global pieces
+            pieces += 1
+            if pieces == 25:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        module.download(url, Path(path), checksum=checksum, next_step="", progress=stop)
+    """
+    path = tmp_path / "file.bin"
+    statuses = []
+    while not statuses or (statuses[-1] and len(statuses) < 20):
+        assert not path.exists()
+        command = [sys.executable, "-c", textwrap.dedent(program), server.url, str(path), checksum(CONTENT)]
+        statuses.append(subprocess.run(command, timeout=60, check=False).returncode)
+    assert set(statuses[:-1]) == {-signal.SIGKILL}
+    assert 3 <= len(statuses) <= 8
+    assert path.read_bytes() == CONTENT
+    assert names(tmp_path) == ["file.bin"]
+    assert len(set(server.requests)) == len(statuses)  # each asked for another range

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -51,10 +51,13 @@ def snapshot(root: Path) -> dict[str, bytes | None]:
     return {path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
 
 
-class Python2Pickler(pickle._Pickler):  # pyright: ignore[reportAttributeAccessIssue]
+_Pickler: Any = vars(pickle)["_Pickler"]  # the one in Python, whose parts can be replaced
+
+
+class Python2Pickler(_Pickler):
     """Writes what the official files hold: byte strings of Python 2, and NumPy's old names."""
 
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)  # pyright: ignore[reportAttributeAccessIssue]
+    dispatch: ClassVar[dict[Any, Any]] = dict(_Pickler.dispatch)
 
     def save_bytes(self, value: bytes) -> None:
         self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
@@ -280,6 +283,8 @@ def test_tiny_imagenet(how: str, tmp_path: Path) -> None:
     wanted = {"n01742172": "boa constrictor", "n02012849": "crane (n02012849)", "n03126707": "crane (n03126707)"}
     assert list(names.items()) == list(wanted.items())
     assert load_data(str(result.folder)).class_names == tuple(wanted.values())
+    by_name = load_data("tiny-imagenet", root=tmp_path / "data")
+    assert (by_name.name, by_name.class_names) == ("tiny-imagenet", tuple(wanted.values()))
     images = {file: content for file, content in made.items() if content is not None and file != "classes.json"}
     assert len(images) == 15
     for i in range(6):
@@ -324,7 +329,8 @@ def test_imagenet(tmp_path: Path) -> None:
     assert made["train/n03126707/n03126707_2.JPEG"] == jpeg(32)
     for number, wnid in enumerate(["n03126707", "n02012849", "n02012849", "n03126707"], start=1):
         assert made[f"val/{wnid}/ILSVRC2012_val_0000000{number}.JPEG"] == jpeg(50 + number)
-    assert load_data("imagenet", root=result.folder).class_names == ("crane (n02012849)", "crane (n03126707)")
+    for root in (result.folder, tmp_path / "data"):
+        assert load_data("imagenet", root=root).class_names == ("crane (n02012849)", "crane (n03126707)")
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,7 @@ def lay_out_imagenet(job: Job) -> Layout:
         FileNotFoundError: An archive is missing.
         ArchiveError: An archive is damaged, or does not hold what the devkit says.
     """
-    if job.source is None:
-        raise ValueError(f"imagenet: cannot be downloaded; name the folder with {imagenet.TRAIN} and so on as --source")
+    assert job.source is not None
     archives = imagenet.find_archives(job.source)
     devkit = imagenet.read_devkit(archives[imagenet.DEVKIT])
     images = [archives[imagenet.TRAIN], archives[imagenet.VAL]]

@@ -141,6 +141,8 @@ def _check_name(name: str, source: Path | None) -> None:
         raise ValueError("digits: embedded, there is nothing to prepare; train on it as it is")
     if not re.fullmatch(r"\w[\w.+ -]*", name):
         raise ValueError(f"name={name!r} must be a plain name, such as pets; it becomes a folder in the root")
+    if source is None and name == "imagenet":
+        raise ValueError("imagenet: cannot be downloaded without an account; name the folder of its archives as source")
     if source is None and name not in LAYOUTS:
         near = difflib.get_close_matches(name.lower(), LAYOUTS, n=1, cutoff=0.4)
         guess = f"; did you mean {near[0]}?" if near else "."
