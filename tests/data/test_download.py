@@ -64,8 +64,8 @@ class Server:
             return
         request.send_response(206 if first else 200)
         if first:
-            start = first - 100 if what == "shifted" else first
-            request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+            first -= 100 * (what == "shifted")
+            request.send_header("Content-Range", f"bytes {first}-{len(self.content) - 1}/{len(self.content)}")
         if self.etag:
             request.send_header("ETag", self.etag)
         request.send_header("Content-Length", str(len(self.content) - first))
@@ -180,6 +180,12 @@ def test_changed_file_begins_anew(mark: str, server: Server, tmp_path: Path) -> 
     server.content, server.etag, server.script = OTHER, mark, ["reset"]
     fetch(server, tmp_path / "file.bin", OTHER)
     assert (tmp_path / "file.bin").read_bytes() == OTHER
+
+
+def test_a_weak_mark_is_none(server: Server, tmp_path: Path) -> None:
+    server.etag, server.script = 'W/"weak"', ["reset"]
+    fetch(server, tmp_path / "file.bin")
+    assert server.requests == [None, None]
 
 
 def test_bytes_without_a_mark_are_not_trusted(server: Server, tmp_path: Path) -> None:
