@@ -89,6 +89,11 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
         (["predict"], "model"),
         (["evaluate", "nowhere"], "nowhere"),
         (["models", "--nothing"], "--nothing"),
+        (["prepare", "cifar10"], "root"),
+        (["prepare", "cifar", "--root", "data"], "did you mean cifar10?"),
+        (["prepare", "imagenet", "--root", "data"], "cannot be downloaded"),
+        (["prepare", "pets", "--root", "data", "--source", "nowhere"], "nowhere: no such archive or folder"),
+        (["prepare", "digits", "--root", "data"], "embedded"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -118,6 +123,7 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
         "--precision --backend --optim.learning-rate --augment.mixup-alpha",
         "evaluate": "model --data --data-root --split --json",
         "predict": "model paths --top-k --output",
+        "prepare": "name --root --source --val-fraction --seed",
         "models": "contains",
     }[verb]
     for option in wanted.split():  # with an explanation, beside it or in the next line

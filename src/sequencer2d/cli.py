@@ -9,6 +9,7 @@ VERBS = {
     "train": "train a model; without options: the embedded digits, in about a minute",
     "evaluate": "accuracy, calibration and confusions of a model on a data set",
     "predict": "classify images, folders, or an image on standard input",
+    "prepare": "fetch, verify and lay out a data set; safe to interrupt and repeat",
     "models": "list the variants with their parameters and sizes",
 }
 

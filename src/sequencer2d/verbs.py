@@ -4,7 +4,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,6 +137,65 @@ def predict(arguments: list[str]) -> int:
         for _ in printed():
             pass
     return PROBLEM if failed else DONE
+
+
+def prepare(arguments: list[str]) -> int:
+    """`sequencer2d prepare`"""
+    parser = VerbParser(
+        "sequencer2d prepare",
+        description="Make a data set ready for training: ROOT/NAME/{train,val,test}/CLASS/FILE and classes.json. "
+        "It can be interrupted at any time and run again; the source is only read.",
+    )
+    parser.add_argument("name", help="cifar10, cifar100, tiny-imagenet, imagenet, or a name for images of yours")
+    parser.add_argument("--root", type=str, required=True, help="folder that the data set, and downloads, go to")
+    source_help = (
+        "official archive or its folder; for imagenet the folder of the three archives; for images of yours a "
+    )
+    source_help += "folder, zip or tar of them. CIFAR and Tiny-ImageNet are downloaded where none is given"
+    parser.add_argument("--source", type=str | None, default=None, help=source_help)
+    fraction_help = "share of validation images, split off where images of yours come without"
+    parser.add_argument("--val_fraction", type=float, default=0.1, help=fraction_help)
+    parser.add_argument("--seed", type=int, default=0, help="seed of that split")
+    options = parser.parse_args(arguments).as_dict()
+    from sequencer2d.data.prepare import prepare as run_preparation
+
+    with _progress_bars() as progress:
+        result = run_preparation(**options, progress=progress)
+    images = ", ".join(f"{count:,} {split}" for split, count in result.num_images.items())
+    print(f"{result.folder}: {images} images of {result.num_classes:,} classes")
+    for note in result.notes:
+        print(f"note: {note}")
+    print(f"train on it: sequencer2d train --data {result.folder}")
+    return DONE
+
+
+@contextmanager
+def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with rate and remaining time for each thing that is done, below our log; on standard error, at a terminal.
+
+    The log is there in any case, and goes back to what it was before.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    logger = logging.getLogger("sequencer2d")
+    level, tasks = logger.level, {}
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what)
+                bars.update(tasks[what], completed=done, total=total or None)
+
+            yield show
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def models(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sequencer2d.data.classes import CLASSES_FILE
 from sequencer2d.data.folders import load_folder
 from sequencer2d.data.sets import ArrayImages, FileImages, ImageData, ImageSet, split_names, split_off_val
 from sequencer2d.data.splits import stratified_split
@@ -33,7 +34,8 @@ def load_data(
 
     Args:
         name: One of `DATA_NAMES`, or the path of an image folder (see `load_folder`) or of Tiny-ImageNet.
-        root: Folder of a data set of the catalogue. Default: `data` in the current folder; `imagenet` has none.
+        root: Folder of a data set of the catalogue, or the one that `prepare` was given. Default: `data` in the current
+            folder; `imagenet` has none unless it was prepared there.
         val_fraction: Share of the training images that become validation images where none are given.
         seed: Of that split.
         download: Whether CIFAR may be downloaded where it is missing.
@@ -49,6 +51,7 @@ def load_data(
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
     folder = DEFAULT_ROOT if root is None else Path(root).expanduser()
+    prepared = folder / name
     match name:
         case "digits":
             return _load_digits(val_fraction, seed)
@@ -56,6 +59,8 @@ def load_data(
             from sequencer2d.data.cifar import load_cifar  # imports torchvision
 
             return load_cifar(name, folder, val_fraction=val_fraction, seed=seed, download=download)
+        case "imagenet" | "tiny-imagenet" if (prepared / CLASSES_FILE).is_file():
+            return load_folder(prepared, val_fraction=val_fraction, seed=seed, name=name)
         case "imagenet":
             return _load_imagenet(None if root is None else folder, val_fraction, seed)
         case "tiny-imagenet":

@@ -1,12 +1,8 @@
 """CIFAR-10 and CIFAR-100: torchvision's files and checksums, fetched so that an interruption does no harm."""
 
-import http.client
 import logging
 import os
-import shutil
 import tempfile
-import urllib.error
-import urllib.request
 import warnings
 from pathlib import Path
 
@@ -14,10 +10,10 @@ import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity, extract_archive
 
+from sequencer2d.data.download import Progress, download
 from sequencer2d.data.sets import ArrayImages, ImageData, split_off_val
 
 DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
-TIMEOUT_S = 60
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +32,8 @@ def load_cifar(name: str, root: Path, *, val_fraction: float, seed: int, downloa
 
     Raises:
         FileNotFoundError: The data are not there and `download` is off.
-        ConnectionError: The download failed; nothing of it is left.
-        OSError: The data could not be written, say because the disk is full; nothing of them is left.
+        ConnectionError: The download failed; the next call goes on where it ended.
+        OSError: The data could not be written, say because the disk is full.
     """
     dataset = DATASETS[name]
     if not _is_whole(dataset, root):
@@ -47,7 +43,7 @@ def load_cifar(name: str, root: Path, *, val_fraction: float, seed: int, downloa
                 raise FileNotFoundError(
                     f"{name}: not found in {root}; allow the download, or put {dataset.filename} there"
                 )
-            _download(name, archive)
+            download_cifar(name, archive)
         _unpack(name, archive)
 
     with warnings.catch_warnings():  # NumPy 2.4.0 to 2.4.4 about the age of the official files
@@ -74,26 +70,23 @@ def _is_whole(dataset: type[CIFAR10], root: Path) -> bool:
     return all(check_integrity(root / dataset.base_folder / file, md5) for file, md5 in files)
 
 
-def _download(name: str, archive: Path) -> None:
-    """Fetches the official archive into a temporary folder; it takes its name once its checksum is right.
+def download_cifar(name: str, archive: Path, progress: Progress | None = None) -> None:
+    """Fetches the official archive. An interrupted download leaves `<archive>.part`, and the next goes on there.
 
-    torchvision's own download has no timeout, falls back to plain HTTP and leaves half a file behind.
+    torchvision's own download has no timeout, falls back to plain HTTP and begins anew each time.
+
+    Raises:
+        ConnectionError: The download failed.
+        OSError: The archive could not be written.
     """
     dataset = DATASETS[name]
     logger.info("Downloading %s to %s", dataset.url, archive)
-    next_step = f"Put {dataset.filename} into {archive.parent}, or train on an image folder"
+    next_step = f"Run again to go on, put {dataset.filename} into {archive.parent}, or train on an image folder"
     try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=archive.parent) as temporary:
-            part = Path(temporary, dataset.filename)
-            with urllib.request.urlopen(dataset.url, timeout=TIMEOUT_S) as response, part.open("wb") as file:
-                shutil.copyfileobj(response, file)
-            if not check_integrity(part, dataset.tgz_md5):
-                raise ConnectionError("what came is not the whole official archive")
-            os.replace(part, archive)
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        reason = getattr(error, "reason", error)
-        raise ConnectionError(f"{name}: cannot be downloaded from {dataset.url} ({reason}). {next_step}") from error
+        checksum = f"md5:{dataset.tgz_md5}"
+        download(dataset.url, archive, checksum=checksum, next_step=next_step, progress=progress)
+    except ConnectionError:
+        raise
     except OSError as error:
         raise _write_error(name, archive.parent, error) from error
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sequencer2d.data.classes import read_class_names
 from sequencer2d.data.images import IMAGE_EXTENSIONS
 from sequencer2d.data.sets import FileImages, ImageData, split_off_val
 
@@ -18,7 +19,7 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
 
     Every folder that holds images, however deep, belongs to the class folder above it. Validation images that are not
     given are split off `train/`, or off the one tree, class by class; `test/` is never touched. Classes are in the
-    order of their names; `val/` and `test/` may lack some.
+    order of their folders, and called as these unless `classes.json` names them; `val/` and `test/` may lack some.
 
     Args:
         root: The folder. Nothing in it is changed.
@@ -34,23 +35,23 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
         raise FileNotFoundError(f"{root}: no such folder")
     if not root.is_dir():
         raise ValueError(f"{root}: a file, where a folder of images is needed; unpack it first if it is an archive")
-    splits = _find_splits(root)
+    splits = find_splits(root)
     train_folder = splits.get("train", root)
     train_files = scan_classes(root, train_folder)
     if len(train_files) < 2:
         raise ValueError(f"{train_folder}: only one class folder, {_listed(list(train_files))}; two or more are needed")
-    class_names = tuple(train_files)
-    train = _labelled(root, train_files, class_names)
-    test = _held_out(root, splits["test"], class_names) if "test" in splits else None
+    classes = tuple(train_files)
+    train = _labelled(root, train_files, classes)
+    test = _held_out(root, splits["test"], classes) if "test" in splits else None
     if "val" in splits:
-        val, val_source = _held_out(root, splits["val"], class_names), "given"
+        val, val_source = _held_out(root, splits["val"], classes), "given"
     else:
         _check_divisible(root, train_files)
         of = "train" if "train" in splits else "the images"
         train, val, val_source = split_off_val(train, val_fraction, seed, of=of)
     return ImageData(
         name=name or root.resolve().name,
-        class_names=class_names,
+        class_names=read_class_names(root, classes),
         train=train,
         val=val,
         test=test,
@@ -95,7 +96,7 @@ def image_files(root: Path, folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _find_splits(root: Path) -> dict[str, Path]:
+def find_splits(root: Path) -> dict[str, Path]:
     """The folders of the splits under `train`, `val` and `test`; empty for one tree of class folders.
 
     A split is a folder of folders: a class may well be called "train" or "test".

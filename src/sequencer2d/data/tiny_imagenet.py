@@ -1,10 +1,10 @@
 """Tiny-ImageNet-200 in its official layout, read where it lies: nothing is moved, renamed or written."""
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from sequencer2d.data.classes import distinct_names
 from sequencer2d.data.folders import image_files
 from sequencer2d.data.sets import FileImages, ImageData
 
@@ -76,24 +76,13 @@ def _val(root: Path, wnids: list[str]) -> FileImages:
 
 
 def _class_names(root: Path, wnids: list[str]) -> tuple[str, ...]:
-    """The first synonym of each class in words.txt; where classes share it, the next one or the id tells them apart.
-
-    "boa constrictor, Constrictor constrictor" is "boa constrictor"; the two cranes are "crane (n02012849)", the bird,
-    whose only word this is, and "crane (n03126707)".
-    """
     lines = (line.partition("\t") for line in _read(root, "words.txt").splitlines())
     wanted = set(wnids)
     synonyms = {wnid: [word.strip() for word in words.split(",")] for wnid, _, words in lines if wnid in wanted}
     missing = [wnid for wnid in wnids if wnid not in synonyms]
     if missing:
         raise ValueError(f"{root / 'words.txt'}: no line for {missing[0]}; unpack {FOLDER}.zip again")
-
-    names = {wnid: synonyms[wnid][0] for wnid in wnids}
-    for add in (lambda wnid: [*synonyms[wnid], wnid][1], lambda wnid: wnid):
-        counts = Counter(names.values())
-        shared = [wnid for wnid in wnids if counts[names[wnid]] > 1]
-        names |= {wnid: f"{synonyms[wnid][0]} ({add(wnid)})" for wnid in shared}
-    return tuple(names[wnid] for wnid in wnids)
+    return tuple(distinct_names({wnid: synonyms[wnid] for wnid in wnids}).values())
 
 
 def _read(root: Path, file: str) -> str:

@@ -1,0 +1,581 @@
+"""Whatever happens, the data set is there whole or not at all, and its source is as it was.
+
+The official archives are replaced by small ones of the same format, made here.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+import zipfile
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from sequencer2d.cli import DONE, WRONG_INPUT, main
+from sequencer2d.data import layouts
+from sequencer2d.data import prepare as module
+from sequencer2d.data.archives import ArchiveError
+from sequencer2d.data.catalog import load_data, split_names
+from sequencer2d.data.prepare import prepare
+
+CLASSES = {"cifar10": [f"class{i}" for i in range(10)], "cifar100": [f"fine_{i:02}" for i in range(100)]}
+WORDS = {
+    "n02012849": "crane",
+    "n01742172": "boa constrictor, Constrictor constrictor",
+    "n03126707": "crane",
+}
+
+
+def snapshot(root: Path) -> dict[str, bytes | None]:
+    """Everything in a folder but locks and the marks of scratch folders."""
+    paths = (path for path in sorted(root.rglob("*")) if not path.name.endswith(".lock"))
+    return {path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+_Pickler: Any = vars(pickle)["_Pickler"]  # the one in Python, whose parts can be replaced
+
+
+class Python2Pickler(_Pickler):
+    """Writes what the official files hold: byte strings of Python 2, and NumPy's old names."""
+
+    dispatch: ClassVar[dict[Any, Any]] = dict(_Pickler.dispatch)
+
+    def save_bytes(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    def save_global(self, value: object, name: str | None = None) -> None:
+        names = {np.ndarray: "numpy\nndarray", np.dtype: "numpy\ndtype"}
+        named = names[value] if isinstance(value, type) else "numpy.core.multiarray\n_reconstruct"
+        self.write(pickle.GLOBAL + named.encode() + b"\n")
+
+    dispatch[bytes] = save_bytes
+    dispatch[type] = save_global
+    dispatch[type(lambda: None)] = save_global
+
+
+def python2_pickle(value: object) -> bytes:
+    buffer = io.BytesIO()
+    Python2Pickler(buffer, 2).dump(value)
+    return buffer.getvalue()
+
+
+def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes an official archive of random pixels, whose checksums take the place of the official ones."""
+
+    def make(name: str) -> Path:
+        dataset, random = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name], np.random.RandomState(0)
+        files = {}
+        for file, _ in [*dataset.train_list, *dataset.test_list]:
+            count = 2 * len(CLASSES[name])
+            pixels = random.randint(0, 256, (count, 3072)).astype(np.uint8)
+            labels_key = b"labels" if name == "cifar10" else b"fine_labels"
+            files[file] = python2_pickle({b"data": pixels, labels_key: [i % (count // 2) for i in range(count)]})
+        classes = [class_name.encode() for class_name in CLASSES[name]]
+        files[dataset.meta["filename"]] = python2_pickle({dataset.meta["key"].encode(): classes})
+        (tmp_path / "source").mkdir(exist_ok=True)
+        archive = tmp_path / "source" / dataset.filename
+        archive.write_bytes(tar_of({f"{dataset.base_folder}/{file}": c for file, c in files.items()}, "w:gz"))
+        md5s = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
+        monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+        monkeypatch.setattr(dataset, "train_list", [[file, md5s[file]] for file, _ in dataset.train_list])
+        monkeypatch.setattr(dataset, "test_list", [[file, md5s[file]] for file, _ in dataset.test_list])
+        monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": md5s[dataset.meta["filename"]]})
+        return archive
+
+    return make
+
+
+def jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.RandomState(seed).randint(0, 256, (6, 6, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tiny_files() -> dict[str, bytes]:
+    """Tiny-ImageNet's official layout: three classes of three training and two validation images."""
+    top, lines, files = "tiny-imagenet-200", [], {}
+    for number, wnid in enumerate(WORDS):
+        files[f"{top}/train/{wnid}/{wnid}_boxes.txt"] = b"boxes"
+        files |= {f"{top}/train/{wnid}/images/{wnid}_{i}.JPEG": jpeg(10 * number + i) for i in range(3)}
+    for i in range(6):
+        files[f"{top}/val/images/val_{i}.JPEG"] = jpeg(100 + i)
+        lines.append(f"val_{i}.JPEG\t{list(WORDS)[i % 3]}\t0\t0\t9\t9\n")
+    files[f"{top}/val/val_annotations.txt"] = "".join(lines).encode()
+    files[f"{top}/test/images/test_0.JPEG"] = jpeg(0)
+    files[f"{top}/wnids.txt"] = "\n".join(WORDS).encode()
+    files[f"{top}/words.txt"] = "".join(f"{wnid}\t{words}\n" for wnid, words in WORDS.items()).encode()
+    return files
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_files(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    return root
+
+
+def imagenet_archives(folder: Path, **changes: object) -> Path:
+    """The three archives: two classes of two and three training images, four validation images."""
+    counts = {"n02012849": 2, "n03126707": 3}
+    ids = {"n03126707": 1, "n02012849": 2}
+    rows = [(3, "n00000001", "animal", 2, 0), *((ids[w], w, WORDS[w], 0, counts[w]) for w in counts)]
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O"), ("num_train_images", "O")]
+    meta = io.BytesIO()
+    savemat(meta, {"synsets": np.array(rows, dtype=fields)})
+    truth = str(changes.get("truth", "1\n2\n2\n1\n"))
+    kit = {
+        "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+    }
+    train = {
+        f"{wnid}.tar": tar_of({f"{wnid}_{i}.JPEG": jpeg(i + 10 * count) for i in range(count)})
+        for wnid, count in counts.items()
+    }
+    val = {f"ILSVRC2012_val_0000000{i}.JPEG": jpeg(50 + i) for i in (4, 2, 3, 1)}
+    for change in (train, val):
+        for key in list(change):
+            if key == changes.get("without"):
+                del change[key]
+    if extra := changes.get("extra"):
+        assert isinstance(extra, dict)
+        train |= extra
+    return write_files(
+        folder,
+        {
+            "ILSVRC2012_devkit_t12.tar.gz": tar_of(kit, "w:gz"),
+            "ILSVRC2012_img_train.tar": tar_of(train),
+            "ILSVRC2012_img_val.tar": tar_of(val),
+        },
+    )
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("how", ["archive", "folder of it", "unpacked", "folder of unpacked"])
+def test_cifar_is_lossless(name: str, how: str, cifar: Callable[[str], Path], tmp_path: Path) -> None:
+    archive = cifar(name)
+    base = layouts.DATASETS[name].base_folder
+    source = {"archive": archive, "folder of it": archive.parent}.get(how, tmp_path / "unpacked")
+    if "unpacked" in how:
+        with tarfile.open(archive) as tar:
+            tar.extractall(source, filter="data")
+        source = source / base if how == "unpacked" else source
+    before = snapshot(source if source.is_dir() else source.parent)
+    result = prepare(name, tmp_path / "data", source)
+    assert snapshot(source if source.is_dir() else source.parent) == before
+    assert result.num_images == {"train": {"cifar10": 100, "cifar100": 200}[name], "test": len(CLASSES[name]) * 2}
+    assert (result.made, result.num_classes) == (True, len(CLASSES[name]))
+    data, random = load_data(str(result.folder)), np.random.RandomState(0)
+    assert list(data.class_names) == [class_name.replace("_", " ") for class_name in CLASSES[name]]
+    for split, files in (("train", layouts.DATASETS[name].train_list), ("test", layouts.DATASETS[name].test_list)):
+        for file, _ in files:
+            count = 2 * len(CLASSES[name])
+            pixels = random.randint(0, 256, (count, 3072)).astype(np.uint8).reshape(-1, 3, 32, 32)
+            for i in range(count):
+                folder = CLASSES[name][i % (count // 2)]
+                with Image.open(result.folder / split / folder / f"{file}_{i:05d}.png") as image:
+                    assert np.array_equal(np.asarray(image), pixels[i].transpose(1, 2, 0))
+
+
+def test_cifar_is_downloaded(cifar: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = cifar("cifar10")
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(archive.parent)))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_address[1]}/{archive.name}")
+    try:
+        assert prepare("cifar10", tmp_path / "data").num_images == {"train": 100, "test": 20}
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_archive_of_another_set(cifar: Callable[[str], Path], tmp_path: Path) -> None:
+    for other in (cifar("cifar100"), write_zip(tmp_path / "source/tiny.zip", tiny_files())):
+        with pytest.raises(ArchiveError, match=rf"{other.name}: not the official cifar10: lacks batches.meta"):
+            prepare("cifar10", tmp_path / "data", other)
+    with pytest.raises(ArchiveError, match=r"cifar-100-python.tar.gz/wnids.txt: missing"):
+        prepare("tiny-imagenet", tmp_path / "data", tmp_path / "source" / CIFAR100.filename)
+    with pytest.raises(FileNotFoundError, match=r"holds neither cifar-10-python.tar.gz nor"):
+        prepare("cifar10", tmp_path / "data", tmp_path / "source")
+    assert snapshot(tmp_path / "data") == {}
+
+
+def test_pickle_that_would_run_something(cifar: Callable[[str], Path], tmp_path: Path) -> None:
+    cifar("cifar10")
+    code = b"cos\nsystem\n(S'touch " + str(tmp_path / "run").encode() + b"'\ntR."
+    with pytest.raises(layouts.cifar_batches.BatchError, match=r"names os\.system, which no official file does"):
+        layouts.cifar_batches.unpickle_arrays("data_batch_1", code)
+    with pytest.raises(layouts.cifar_batches.BatchError, match="not the official file of cifar10"):
+        layouts.cifar_batches.read_batch("cifar10", "data_batch_1", code)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [{}, {b"data": 3, b"labels": [1]}, {b"data": b"x", b"labels": [1]}, [1]])
+def test_batch_that_makes_no_sense(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = python2_pickle(value)
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", hashlib.md5(content).hexdigest()]])
+    with pytest.raises(layouts.cifar_batches.BatchError, match=r"^data_batch_1: "):
+        layouts.cifar_batches.read_batch("cifar10", "data_batch_1", content)
+
+
+@pytest.mark.parametrize("how", ["archive", "folder", "folder of it", "folder of the archive"])
+def test_tiny_imagenet(how: str, tmp_path: Path) -> None:
+    files = tiny_files()
+    if "archive" in how:
+        source = write_zip(tmp_path / "source" / "tiny-imagenet-200.zip", files)
+        source = source.parent if how.startswith("folder") else source
+    else:
+        source = write_files(tmp_path / "source", files)
+        source = source / "tiny-imagenet-200" if how == "folder" else source
+    before = snapshot(tmp_path / "source")
+    result = prepare("tiny-imagenet", tmp_path / "data", source)
+    assert snapshot(tmp_path / "source") == before
+    assert result.num_images == {"train": 9, "val": 6}
+    assert "no labels" in result.notes[0]
+    assert "only a part of tiny-imagenet, consistent in itself: 3 of 200 classes" in result.notes[1]
+    made = snapshot(result.folder)
+    names = json.loads((result.folder / "classes.json").read_text())
+    wanted = {"n01742172": "boa constrictor", "n02012849": "crane (n02012849)", "n03126707": "crane (n03126707)"}
+    assert list(names.items()) == list(wanted.items())
+    assert load_data(str(result.folder)).class_names == tuple(wanted.values())
+    by_name = load_data("tiny-imagenet", root=tmp_path / "data")
+    assert (by_name.name, by_name.class_names) == ("tiny-imagenet", tuple(wanted.values()))
+    images = {file: content for file, content in made.items() if content is not None and file != "classes.json"}
+    assert len(images) == 15
+    for i in range(6):
+        assert images[f"val/{list(WORDS)[i % 3]}/val_{i}.JPEG"] == files[f"tiny-imagenet-200/val/images/val_{i}.JPEG"]
+    for wnid in WORDS:
+        file = f"{wnid}_1.JPEG"
+        assert images[f"train/{wnid}/{file}"] == files[f"tiny-imagenet-200/train/{wnid}/images/{file}"]
+
+
+@pytest.mark.parametrize(
+    ("gone", "added", "message"),
+    [
+        ("train/n02012849/images/n02012849_1.JPEG", "", "train: n02012849 has not 3 images"),
+        ("val/images/val_2.JPEG", "", "val_2.JPEG: missing"),
+        ("", "val/images/val_9.JPEG", "images and val_annotations.txt are not the same"),
+        ("", "train/n00000001/images/n00000001_0.JPEG", "do not have the same classes"),
+        ("wnids.txt", "", "wnids.txt: missing"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tiny_imagenet_that_lacks_something(gone: str, added: str, message: str, zipped: bool, tmp_path: Path) -> None:
+    files = tiny_files()
+    files.pop(f"tiny-imagenet-200/{gone}", None)
+    if added:
+        files[f"tiny-imagenet-200/{added}"] = jpeg(1)
+    source = write_zip(tmp_path / "t.zip", files) if zipped else write_files(tmp_path / "t", files)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        prepare("tiny-imagenet", tmp_path / "data", source)
+    assert str(error.value).startswith(str(source))
+    assert snapshot(tmp_path / "data") == {}
+
+
+def test_imagenet(tmp_path: Path) -> None:
+    source = imagenet_archives(tmp_path / "source")
+    before = snapshot(source)
+    result = prepare("imagenet", tmp_path / "data", source)
+    assert snapshot(source) == before
+    assert result.num_images == {"train": 5, "val": 4}
+    assert "only a part of imagenet" in result.notes[0]
+    made = snapshot(result.folder)
+    assert made["train/n02012849/n02012849_1.JPEG"] == jpeg(21)
+    assert made["train/n03126707/n03126707_2.JPEG"] == jpeg(32)
+    for number, wnid in enumerate(["n03126707", "n02012849", "n02012849", "n03126707"], start=1):
+        assert made[f"val/{wnid}/ILSVRC2012_val_0000000{number}.JPEG"] == jpeg(50 + number)
+    for root in (result.folder, tmp_path / "data"):
+        assert load_data("imagenet", root=root).class_names == ("crane (n02012849)", "crane (n03126707)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"without": "n02012849.tar"}, "0 images of n02012849, where the devkit counts 2"),
+        ({"without": "ILSVRC2012_val_00000003.JPEG"}, "3 images, where the devkit labels 4"),
+        ({"truth": "1\n2\n2\n"}, "val_00000004.JPEG is not a validation image that the devkit labels"),
+        ({"truth": "1\n1\n"}, "are not the same"),
+        ({"truth": "1\n9\n"}, "makes no sense"),
+        ({"extra": {"n00000009.tar": b""}}, "n00000009.tar is not the tar of a class"),
+        ({"extra": {"n02012849.tar": tar_of({"n02012849_0.JPEG": b"1"})}}, "1 images of n02012849, where"),
+        ({"extra": {"n02012849.tar": tar_of({"n03126707_0.JPEG": b"1"})}}, "is not an image of that class"),
+        ({"extra": {"n02012849.tar": tar_of({"../n02012849_0.JPEG": b"1"})}}, "leads out of the folder"),
+        ({"extra": {"n02012849.tar": tar_of({"n02012849_0.JPEG": bytes(999)})[:700]}}, "cut short"),
+    ],
+)
+def test_imagenet_archives_that_disagree(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    source = imagenet_archives(tmp_path / "source", **changes)
+    with pytest.raises(ArchiveError, match=message):
+        prepare("imagenet", tmp_path / "data", source)
+    assert snapshot(tmp_path / "data") == {}
+
+
+def test_imagenet_archive_missing(tmp_path: Path) -> None:
+    (imagenet_archives(tmp_path / "source") / "ILSVRC2012_img_val.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"source: lacks ILSVRC2012_img_val\.tar; download"):
+        prepare("imagenet", tmp_path / "data", tmp_path / "source")
+
+
+def folder_files() -> dict[str, bytes]:
+    return {f"{c}/{'deep/' * (i % 2)}{i}.jpg": jpeg(i) for c in ("cat", "dog") for i in range(6)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_folder_is_split_with_the_seed(kind: str, tmp_path: Path) -> None:
+    files = folder_files()
+    if kind == "folder":
+        source = write_files(tmp_path / "source", files | {"cat/notes.txt": b"no image"})
+    elif kind == "zip":
+        source = write_zip(tmp_path / "source" / "x.zip", {f"top/{file}": content for file, content in files.items()})
+    else:
+        source = write_files(tmp_path / "source", {"x.tar": tar_of(files)}) / "x.tar"
+    before = snapshot(tmp_path / "source")
+    result = prepare("pets", tmp_path / "data", source, val_fraction=0.34, seed=3)
+    assert snapshot(tmp_path / "source") == before
+    assert result.num_images == {"train": 8, "val": 4}
+    assert result.notes == ("validation images: split: 34% of the images, stratified, seed 3",)
+    wanted = split_names(load_data(str(write_files(tmp_path / "plain", files)), val_fraction=0.34, seed=3))
+    made = snapshot(result.folder)
+    assert json.loads(str((made.pop("classes.json") or b"").decode())) == {"cat": "cat", "dog": "dog"}
+    assert {name for name, content in made.items() if content is not None} == {
+        f"{split}/{file}" for split in ("train", "val") for file in wanted[split]
+    }
+    for name, content in made.items():
+        assert content is None or content == files[name.partition("/")[2]]
+
+
+def test_folder_with_splits_and_names(tmp_path: Path) -> None:
+    files = {f"{split}/{c}/{i}.png": b"x" for split in ("train", "valid", "test") for c in ("n1", "n2") for i in "ab"}
+    files["classes.json"] = b'{"n1": "ox", "n2": "ox"}'
+    result = prepare("pets", tmp_path / "data", write_files(tmp_path / "source", files))
+    assert (result.num_images, result.notes) == ({"train": 4, "val": 4, "test": 4}, ())
+    assert load_data(str(result.folder)).class_names == ("ox (n1)", "ox (n2)")
+    assert (result.folder / "val/n2/b.png").is_file()
+
+
+@pytest.mark.parametrize("change", ["content", "gone", "new"])
+def test_folder_that_changes_while_it_is_read(change: str, tmp_path: Path) -> None:
+    source = write_files(tmp_path / "source", folder_files())
+
+    def meddle(what: str, done: int, total: int) -> None:
+        if change == "gone":
+            (source / "dog/4.jpg").unlink(missing_ok=True)
+        else:
+            (source / {"content": "cat/0.jpg", "new": "dog/9.jpg"}[change]).write_bytes(b"other")
+
+    with pytest.raises(ValueError, match=rf"{source}.*: changed while it was read; run again"):
+        prepare("pets", tmp_path / "data", source, progress=meddle)
+    assert snapshot(tmp_path / "data") == {}
+
+
+def test_not_a_regular_file(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "source", folder_files())
+    os.mkfifo(source / "cat/pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png: not a regular file"):
+        prepare("pets", tmp_path / "data", source)
+
+
+def test_finished_set_is_left_alone_and_others_are_not_touched(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "source", folder_files())
+    first = prepare("pets", tmp_path / "data", source)
+    before = snapshot(tmp_path / "data")
+    again = prepare("pets", tmp_path / "data", source, seed=9)
+    assert (again.made, again.num_images, again.folder) == (False, first.num_images, first.folder)
+    assert snapshot(tmp_path / "data") == before
+    write_files(tmp_path / "data/mine", {"notes.txt": b"mine"})
+    with pytest.raises(FileExistsError, match="mine: there already, and not made by prepare"):
+        prepare("mine", tmp_path / "data", source)
+    assert (tmp_path / "data/mine/notes.txt").read_bytes() == b"mine"
+
+
+def test_target_within_the_source(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "source", folder_files())
+    before = snapshot(source)
+    with pytest.raises(ValueError, match="lies in the source"):
+        prepare("pets", source / "cat", source)
+    assert snapshot(source) == before
+
+
+@pytest.mark.parametrize("name", ["../pets", "a/b", "", ".", "..", ".hidden", "a\n"])
+def test_name_that_is_no_folder_of_the_root(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be a plain name"):
+        prepare(name, tmp_path / "data", tmp_path)
+
+
+def test_two_at_once(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "source", folder_files())
+    (tmp_path / "data/.prepare-pets").mkdir(parents=True)
+    with (
+        FileLock(tmp_path / "data/.prepare-pets.lock"),
+        pytest.raises(BlockingIOError, match="another process is preparing it"),
+    ):
+        prepare("pets", tmp_path / "data", source)
+    assert (tmp_path / "data/.prepare-pets").is_dir()  # the other's
+    assert prepare("pets", tmp_path / "data", source).made
+
+
+@pytest.mark.parametrize("when", ["before", "while writing"])
+def test_full_disk(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_files(tmp_path / "source", folder_files())
+    if when == "before":
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(layouts.shutil, "disk_usage", lambda path: usage(10, 0, 10))
+    else:
+
+        def full(*args: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(layouts, "save", full)
+    with pytest.raises(
+        OSError, match=r"^pets: cannot be written to .*data: No space left on device.*\. Free some space"
+    ):
+        prepare("pets", tmp_path / "data", source)
+    assert snapshot(tmp_path / "data") == {}
+
+
+DRIVER = """
+    import os, signal, sys
+    from pathlib import Path
+    from sequencer2d.data.prepare import prepare
+
+    name, source, root, step = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+    def run(data, fatal):  # in a process of its own that kills itself before its `fatal`-th change to the disk
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        count = 0
+
+        def hook(event, arguments):
+            nonlocal count
+            if event in EVENTS and any(str(data) in str(argument) for argument in arguments):
+                count += 1
+                if count == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        os.sync = lambda: None
+        sys.addaudithook(hook)
+        prepare(name, data, source)
+        os._exit(0)
+
+    def files(data):
+        if not data.exists():
+            return None
+        return {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+
+    assert run(root / "whole", 0) == 0
+    whole = files(root / "whole" / name)
+    assert whole
+    fatal, kept, killed_twice = 1, 0, 0
+    while True:
+        data = root / str(fatal)
+        status = run(data, fatal)
+        assert status in (0, -signal.SIGKILL), status
+        assert files(data / name) in (None, whole), f"half of it after kill {fatal}"
+        kept += files(data / name) is not None
+        if status == 0:
+            break
+        killed_twice += run(data, max(1, fatal // 2)) != 0
+        assert files(data / name) in (None, whole), f"half of it after two kills, {fatal}"
+        assert run(data, 0) == 0
+        assert files(data / name) == whole, fatal
+        assert sorted(p.name for p in data.iterdir()) in ([f".prepare-{name}.lock", name], [name]), fatal
+        fatal += step
+    print(fatal, kept, killed_twice)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-imagenet", "imagenet", "pets", "zipped"])
+def test_killed_at_any_instant(name: str, tmp_path: Path) -> None:
+    _kill_many_times(name, 1, tmp_path)
+
+
+def test_killed_at_some_instants(tmp_path: Path) -> None:
+    _kill_many_times("tiny-imagenet", 7, tmp_path)
+
+
+def _kill_many_times(name: str, step: int, folder: Path) -> None:
+    source = {
+        "tiny-imagenet": lambda: write_zip(folder / "source/t.zip", tiny_files()),
+        "imagenet": lambda: imagenet_archives(folder / "source"),
+        "pets": lambda: write_files(folder / "source", folder_files()),
+        "zipped": lambda: write_zip(folder / "source/x.zip", folder_files()),
+    }[name]()
+    before = snapshot(folder / "source")
+    driver = folder / "driver.py"
+    driver.write_text(textwrap.dedent(DRIVER))
+    command = [sys.executable, str(driver), name, str(source), str(folder / "out"), str(step)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[2])}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+    assert result.returncode == 0, result.stderr
+    kills, kept, killed_twice = map(int, result.stdout.split())
+    assert kills // step >= 5
+    assert killed_twice >= 1
+    assert kept >= 1
+    assert snapshot(folder / "source") == before
+
+
+def test_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_zip(tmp_path / "source/t.zip", tiny_files())
+    root = str(tmp_path / "data")
+    assert main(["prepare", "tiny-imagenet", "--root", root, "--source", str(source)]) == DONE
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{root}/tiny-imagenet: 9 train, 6 val images of 3 classes\n")
+    assert "note: the official test images have no labels and are left out" in captured.out
+    assert f"sequencer2d train --data {root}/tiny-imagenet" in captured.out
+    assert captured.err == ""
+    assert main(["prepare", "tiny-imagenet", "--root", root, "--source", str(source)]) == DONE
+    assert "already and is unchanged" in capsys.readouterr().out
+    source.write_bytes(source.read_bytes()[:2000])
+    status = main(["prepare", "tiny-imagenet", "--root", str(tmp_path / "b"), "--source", str(source)])
+    captured = capsys.readouterr()
+    assert status == WRONG_INPUT
+    assert f"{source}: not a zip or tar, cut short or damaged" in captured.err
+    assert captured.err.count("\n") == 1
