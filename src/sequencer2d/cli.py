@@ -9,6 +9,7 @@ VERBS = {
     "train": "train a model; without options: the embedded digits, in about a minute",
     "evaluate": "accuracy, calibration and confusions of a model on a data set",
     "predict": "classify images, folders, or an image on standard input",
+    "check": "unreadable, duplicate and leaking images of a folder, classes and sizes",
     "models": "list the variants with their parameters and sizes",
 }
 

@@ -18,13 +18,10 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from sequencer2d.data.augment import AugmentConfig
+from sequencer2d.data.images import MAX_ASPECT
 from sequencer2d.preprocessing import Preprocessing
 
 ImageTransform = Callable[[Image.Image], UInt8[np.ndarray, "H W C"]]
-
-
-MAX_ASPECT = 8
-"""Of a longer image only the middle is looked at: resizing 2×20,000 pixels whole would take gigabytes."""
 
 
 def eval_transform(preprocessing: Preprocessing) -> ImageTransform:
