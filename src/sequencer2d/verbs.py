@@ -194,7 +194,10 @@ def _print_report(report: "Report", examples: int = 3) -> None:
         found = [finding for finding in report.findings if finding.kind == kind]
         if not found:
             continue
-        lines = [f"{' = '.join(finding.files[:examples])}: {finding.reason}" for finding in found[:examples]]
+        lines = [
+            ": ".join(filter(None, [", ".join(finding.files[:examples]), finding.reason]))
+            for finding in found[:examples]
+        ]
         text = Text("\n".join([meaning, *(f"  {_printable(line)}" for line in lines)]))
         table.add_row(Text(kind, style="bold red" if wrong else ""), f"{len(found):,}", text)
     if report.findings:

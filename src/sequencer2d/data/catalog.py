@@ -84,7 +84,9 @@ def find_folder(name: str, *, root: str | Path | None = None) -> Path:
             raise ValueError("imagenet: name its folder as root")
         return DEFAULT_ROOT if root is None else Path(root).expanduser()
     if name in DATA_NAMES:
-        raise ValueError(f"{name}: not made of image files, and verified by its checksum; there is nothing to check")
+        raise ValueError(
+            f"{name}: not made of image files, and verified by its checksum; a folder of that name is ./{name}"
+        )
     return _find_path(name, root)
 
 

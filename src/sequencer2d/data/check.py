@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "near duplicate": (False, "nearly the same picture more than once in a class"),
     "imbalance": (False, "classes of very different size"),
     "missing class": (False, "classes of train without images in another split"),
-    "unlabelled": (False, "images outside the class folders, not trained on"),
+    "unlabelled": (False, "images without a class or outside the splits, not trained on"),
     "extension": (False, "another format than the extension says; read all the same"),
     "mode": (False, "not 8-bit RGB in the file; converted"),
     "turned": (False, "stored turned or mirrored; set upright by their EXIF orientation"),
@@ -73,7 +73,7 @@ class Finding:
     kind: str
     """One of `KINDS`."""
     files: tuple[str, ...]
-    """Relative to the folder; for a class its folder."""
+    """Relative to the folder; for a class its folder, for the layout none."""
     reason: str
 
     @property
@@ -208,9 +208,9 @@ def _counted(values: Iterable[str]) -> dict[str, int]:
 
 def _of_layout(listing: Listing) -> Iterator[Finding]:
     if listing.layout_problem:
-        yield _finding("layout", ["."], listing.layout_problem)
+        yield _finding("layout", [], listing.layout_problem)
     for message in listing.unreadable_folders:
-        yield _finding("layout", ["."], message)
+        yield _finding("layout", [], message)
     for folder in listing.empty_classes:
         yield _finding("empty class", [folder], "no images; fill or remove it")
     for entry in listing.entries:
@@ -285,7 +285,7 @@ def _of_group(near: str, group: list[Entry], reason: str) -> Finding:
     names = sorted({entry.class_name for entry in group if entry.class_name})
     kind = "leak" if len(splits) > 1 else "conflict" if len(names) > 1 else "duplicate"
     if len(splits) > 1:
-        reason += f", in {', '.join(splits)}"
+        reason += f", in {' and '.join(splits)}"
     if len(names) > 1:
-        reason += f", as {', '.join(names)}"
+        reason += f", as {' and '.join(names)}"
     return _finding(near + kind, [entry.file for entry in group], reason)

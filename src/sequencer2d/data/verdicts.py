@@ -80,7 +80,7 @@ def known_bad(root: Path) -> dict[str, str]:
 def _read(root: Path) -> list[Inspected]:
     file = cache_file(root)
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
             content = json.loads(archive["text"].tobytes())
             if content["version"] != VERSION:
                 logger.info("Everything is looked at again: what was found by version %s", content["version"])
