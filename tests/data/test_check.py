@@ -297,8 +297,8 @@ def test_progress_reaches_the_end_and_begins_with_what_is_known(root: Path) -> N
 
 @pytest.mark.slow
 def test_processes_find_what_one_finds(root: Path) -> None:
-    for break_it in (near_leak, mode, truncate_another):
+    for break_it in (near_leak, extension, truncate_another):
         break_it(root)
     alone, several = (check_folder(root, workers=workers, cache=False) for workers in (0, 2))
     assert alone == several
-    assert {finding.kind for finding in alone.findings} == {"mode", "near leak", "unreadable"}
+    assert {finding.kind for finding in alone.findings} == {"extension", "near leak", "unreadable"}
