@@ -19,7 +19,7 @@ from sequencer2d.data.images import ImageError, open_image
 
 DIGEST_BYTES = 16
 UNSTABLE = -1
-"""In place of a time of change: a second look may well find otherwise, so this one is not kept."""
+"""In place of a time of change, and equal to none: a second look may well find otherwise."""
 CHUNK_FILES, CHUNK_BYTES = 128, 4_000_000
 """What one process looks at in one go, at most: some tenths of a second, for which Ctrl-C has to wait."""
 ALONE = 256

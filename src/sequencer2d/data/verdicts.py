@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 
 from sequencer2d.data.duplicates import THUMBNAIL_BYTES
-from sequencer2d.data.inspection import DIGEST_BYTES, UNSTABLE, Inspected, Picture
+from sequencer2d.data.inspection import DIGEST_BYTES, Inspected, Picture
 from sequencer2d.files import write_atomic
 
 VERSION = f"1, Pillow {PIL.__version__}"
@@ -46,9 +46,8 @@ def cache_file(root: Path) -> Path:
 
 def save_verdicts(root: Path, verdicts: Sequence[Inspected]) -> None:
     """Writes them, atomically. A cache that cannot be written costs time later, so that is no more than a warning."""
-    kept = [verdict for verdict in verdicts if verdict.mtime_ns != UNSTABLE]
-    rows = [[v.file, v.size, v.mtime_ns, _plain(v.found)] for v in kept]
-    pictures = [v.found for v in kept if isinstance(v.found, Picture)]
+    rows = [[v.file, v.size, v.mtime_ns, _plain(v.found)] for v in verdicts]
+    pictures = [v.found for v in verdicts if isinstance(v.found, Picture)]
     text = json.dumps({"version": VERSION, "folder": str(root.resolve()), "files": rows})
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {"text": np.frombuffer(text.encode(), np.uint8)}
