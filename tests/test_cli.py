@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -94,6 +95,12 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
         (["prepare", "imagenet", "--root", "data"], "cannot be downloaded"),
         (["prepare", "pets", "--root", "data", "--source", "nowhere"], "nowhere: no such archive or folder"),
         (["prepare", "digits", "--root", "data"], "embedded"),
+        (["check"], "data"),
+        (["check", "nowhere/at/all"], "nowhere/at/all: no such folder"),
+        (["check", "."], "no images"),
+        (["check", "cifar10"], "cifar10"),
+        (["check", "imagenet"], "root"),
+        (["check", ".", "--workers", "-1"], "--workers -1"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -125,6 +132,7 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
         "predict": "model paths --top-k --output",
         "prepare": "name --root --source --val-fraction --seed",
         "models": "contains",
+        "check": "data --data-root --json --no-cache --workers",
     }[verb]
     for option in wanted.split():  # with an explanation, beside it or in the next line
         assert re.search(rf"^  {option}\b([^\n]*  |[^\n]*\n {{10,}})\w", out, flags=re.MULTILINE), option
@@ -163,6 +171,78 @@ def test_models_prints_what_an_image_costs(capsys: pytest.CaptureFixture[str], m
     assert re.search(r"^sequencer2d_conv_t_patch4_32 +2\.08 M +448² +10\.7\d G", shown, re.MULTILINE)
     assert main(["models", "--image-size", "0"]) == WRONG_INPUT
     assert "--image-size 0" in capsys.readouterr().err
+
+
+def make_pets(root: Path, count: int) -> Path:
+    random = np.random.RandomState(0)
+    for number in range(count):
+        folder = root / ("train", "val")[number % 2] / ("cat", "dog")[number // 2 % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        squares = Image.fromarray(random.randint(0, 256, (8, 8, 3), dtype=np.uint8))
+        squares.resize((64, 64)).save(folder / f"{number}.png")
+    return root
+
+
+def test_check_prints_a_table_writes_json_and_fails_for_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = make_pets(tmp_path / "pets", 20)
+    assert main(["check", str(root)]) == DONE
+    assert capsys.readouterr().out.splitlines()[-1] == "20 images checked: nothing is wrong"
+    image = Image.open(root / "train/cat/0.png").convert("L")
+    image.save(root / "train/cat/grey.png")
+    assert main(["check", str(root)]) == DONE  # worth knowing
+    out = capsys.readouterr().out
+    assert "train/cat/grey.png: L: grey becomes RGB" in out
+    assert "21 images checked, 20 of them known from an earlier check: nothing is wrong" in out
+    for number in range(5):
+        (root / f"val/dog/bad\x1b{number}.png").touch()
+    assert main(["check", str(root), "--json", str(tmp_path / "check.json")]) == PROBLEM
+    out = capsys.readouterr().out
+    assert out.count("the file is empty") == 3
+    assert "\x1b" not in out
+    findings = json.loads((tmp_path / "check.json").read_text())["findings"]
+    assert [finding["kind"] for finding in findings] == ["unreadable"] * 5 + ["mode"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_check_at_once_and_keeps_what_it_found(tmp_path: Path) -> None:
+    root = make_pets(tmp_path / "pets", 3000)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    program = (
+        "import sys\n"
+        "from sequencer2d.cli import main\n"
+        "from sequencer2d.data import check\n"
+        "def tell(real):\n"
+        "    for verdict in real:\n"
+        "        print(verdict.file, flush=True)\n"
+        "        yield verdict\n"
+        "real = check.inspect_files\n"
+        "check.inspect_files = lambda *arguments, **options: tell(real(*arguments, **options))\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, str(tmp_path / "program.py"), "check", str(root), "--workers", "2"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the processes of the pool, too
+        seen = 1 + len(process.stdout.read().splitlines())
+        assert process.stderr.read() == "sequencer2d: interrupted\n"
+        assert process.wait(timeout=60) == 130
+    assert seen < 3000
+    again = subprocess.run(
+        [sys.executable, "-m", "sequencer2d.cli", "check", str(root)], capture_output=True, text=True, env=environment
+    )
+    assert again.returncode == DONE
+    known = re.search(r"3,000 images checked, ([\d,]+) of them known", again.stdout)
+    assert known
+    assert abs(int(known[1].replace(",", "")) - seen) <= 1
 
 
 @pytest.mark.slow

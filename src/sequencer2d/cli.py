@@ -10,6 +10,7 @@ VERBS = {
     "evaluate": "accuracy, calibration and confusions of a model on a data set",
     "predict": "classify images, folders, or an image on standard input",
     "prepare": "fetch, verify and lay out a data set; safe to interrupt and repeat",
+    "check": "unreadable, duplicate and leaking images of a folder, classes and sizes",
     "models": "list the variants with their parameters and sizes",
 }
 

@@ -7,15 +7,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Column, Table
+from rich.text import Text
 
 from sequencer2d.cli import DONE, PROBLEM, STOPPED
 from sequencer2d.files import write_atomic
+
+if TYPE_CHECKING:
+    from sequencer2d.data.check import Report
 
 
 class VerbParser(ArgumentParser):
@@ -196,6 +200,91 @@ def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def check(arguments: list[str]) -> int:
+    """`sequencer2d check`"""
+    from sequencer2d.data.catalog import find_folder
+    from sequencer2d.data.check import check_folder
+
+    parser = VerbParser(
+        "sequencer2d check",
+        description="Look at every image of a folder: unreadable files, empty classes, the same or nearly the same "
+        "picture in two splits or classes (exit status 1), and what is worth knowing. Nothing in it is changed.",
+    )
+    parser.add_argument("data", help="folder of images, or a data set of the catalogue that is made of files")
+    parser.add_argument("--data_root", type=str | None, default=None, help="folder of a data set of the catalogue")
+    parser.add_argument("--json", type=str | None, default=None, help="file to write everything to, as JSON")
+    parser.add_argument("--no_cache", action="store_true", help="look at every image again, and remember nothing")
+    parser.add_argument("--workers", type=int | None, default=None, help="processes; default: one per core")
+    options = parser.parse_args(arguments)
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers {options.workers} must be at least 0")
+    _log_to_screen()
+    folder = find_folder(options.data, root=options.data_root)
+    with _progress_bar("images") as advance:
+        report = check_folder(folder, workers=options.workers, cache=not options.no_cache, progress=advance)
+    if options.json:
+        write_atomic(Path(options.json), json.dumps(report.to_dict(), indent=2))
+    _print_report(report)
+    if report.findings and not options.json:
+        print("--json FILE lists every file")
+    return PROBLEM if report.wrong else DONE
+
+
+def _print_report(report: "Report", examples: int = 3) -> None:
+    """What is in the folder, and every kind of finding with its first examples."""
+    from sequencer2d.data.check import KINDS
+
+    def commonest(counts: dict[str, int]) -> str:
+        more = f" and {len(counts) - examples} more" if len(counts) > examples else ""
+        return ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:examples]) + more
+
+    console = Console()
+    for split, of_class in report.class_counts.items():
+        few, many = min(of_class.values()), max(of_class.values())
+        each = f"{few:,}" if few == many else f"{few:,} to {many:,}"
+        print(f"{split}: {sum(of_class.values()):,} images, {len(of_class):,} classes of {each}")
+    print(f"formats {commonest(report.formats)}; modes {commonest(report.modes)}; sizes {commonest(report.sizes)}")
+    if report.other_files:
+        print(_printable(f"{len(report.other_files):,} other files: {', '.join(report.other_files[:examples])}"))
+    table = Table("finding", Column("number", justify="right"), "what it means, and the first of them", box=None)
+    for kind, (wrong, meaning) in KINDS.items():
+        found = [finding for finding in report.findings if finding.kind == kind]
+        if not found:
+            continue
+        lines = [
+            ": ".join(filter(None, [", ".join(finding.files[:examples]), finding.reason]))
+            for finding in found[:examples]
+        ]
+        text = Text("\n".join([meaning, *(f"  {_printable(line)}" for line in lines)]))
+        table.add_row(Text(kind, style="bold red" if wrong else ""), f"{len(found):,}", text)
+    if report.findings:
+        console.print(table)
+    known = f", {report.num_cached:,} of them known from an earlier check" if report.num_cached else ""
+    verdict = "something is wrong" if report.wrong else "nothing is wrong"
+    print(f"{report.num_images:,} images checked{known}: {verdict}")
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold what is no text, or would command the terminal."""
+    return "".join(character if character.isprintable() else "�" for character in text)
+
+
+@contextmanager
+def _progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with rate and time left on standard error, if that is a terminal; the function moves it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f} {what}/s" if task.speed else "")
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def models(arguments: list[str]) -> int:

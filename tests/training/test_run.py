@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sequencer2d import files
+from sequencer2d.data.check import check_folder
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
@@ -268,6 +270,66 @@ def test_unreadable_images_are_skipped_counted_and_named(config: TrainConfig) ->
     assert {"03.png", "x.jpg"} == {message.split(":")[0].rsplit("/", 1)[-1] for message in result.skipped}
     assert json.loads((result.run_dir / "result.json").read_text())["skipped"] == list(result.skipped)
     assert "03.png" in (result.run_dir / "report.html").read_text()
+
+
+@pytest.fixture
+def broken(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Two images that cannot be read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = ["blue/05.png", "red/03.png"]
+    for name in names:
+        (Path(config.data) / name).write_bytes(b"no image")
+    return names
+
+
+def test_images_that_a_check_found_unreadable_are_left_out_after_splitting(
+    config: TrainConfig, broken: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(config, epochs=1)
+    unchecked = train(replace(config, run_dir=str(tmp_path / "unchecked")))
+    assert len(unchecked.skipped) == 2
+    assert not (unchecked.run_dir / "left_out.json").exists()
+    check_folder(config.data)
+    with caplog.at_level(logging.INFO):
+        checked = train(config)
+    assert checked.skipped == ()
+    assert sorted(json.loads((checked.run_dir / "left_out.json").read_text())) == broken
+    (line,) = (message for message in caplog.messages if "left out" in message)
+    assert line.startswith("2 images are left out")
+    assert line.endswith(str(checked.run_dir / "left_out.json"))
+    split, same = ((run.run_dir / "split.json").read_text() for run in (checked, unchecked))
+    assert split == same
+
+
+def test_a_check_meanwhile_does_not_change_a_run_that_goes_on(
+    config: TrainConfig, broken: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(replace(config, run_dir=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        train(config)
+    check_folder(config.data)
+    assert rows(train(config).run_dir) == rows(whole.run_dir)
+    again = replace(config, run_dir=str(tmp_path / "again"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        train(again)
+    for name in broken:
+        Image.new("RGB", (16, 16)).save(Path(config.data) / name)
+    assert train(again).skipped == ()
+    assert sorted(json.loads((tmp_path / "again" / "left_out.json").read_text())) == broken
+
+
+def test_validation_images_of_which_all_are_left_out_are_an_error(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_images(tmp_path / "split" / "train", count=3)
+    for path in make_images(tmp_path / "split" / "val", count=1).rglob("*.png"):
+        path.write_bytes(b"")
+    check_folder(tmp_path / "split")
+    with pytest.raises(ValueError, match="too few readable images"):
+        train(replace(config, data=str(tmp_path / "split")))
 
 
 def test_validation_images_of_which_none_can_be_read_are_an_error(config: TrainConfig, tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ from sequencer2d.data.sets import ArrayImages, FileImages, ImageData, ImageSet, 
 from sequencer2d.data.splits import stratified_split
 from sequencer2d.data.tiny_imagenet import is_tiny_imagenet, load_tiny_imagenet
 
-__all__ = ["DATA_NAMES", "ArrayImages", "FileImages", "ImageData", "ImageSet", "load_data", "split_names"]
+__all__ = [
+    "DATA_NAMES",
+    "ArrayImages",
+    "FileImages",
+    "ImageData",
+    "ImageSet",
+    "find_folder",
+    "load_data",
+    "split_names",
+]
 
 DATA_NAMES = ("cifar10", "cifar100", "digits", "imagenet", "tiny-imagenet")
 DEFAULT_ROOT = Path("data")
@@ -69,6 +78,23 @@ def load_data(
             return _load_path(name, root, val_fraction, seed)
 
 
+def find_folder(name: str, *, root: str | Path | None = None) -> Path:
+    """The folder that holds the image files of a data set, given as for `load_data`. It need not exist.
+
+    Raises:
+        ValueError: An unknown name, or a data set that is not made of image files.
+    """
+    if name in ("tiny-imagenet", "imagenet"):
+        if root is None and name == "imagenet":
+            raise ValueError("imagenet: name its folder as root")
+        return DEFAULT_ROOT if root is None else Path(root).expanduser()
+    if name in DATA_NAMES:
+        raise ValueError(
+            f"{name}: not made of image files, and verified by its checksum; a folder of that name is ./{name}"
+        )
+    return _find_path(name, root)
+
+
 def _load_digits(val_fraction: float, seed: int) -> ImageData:
     """scikit-learn's handwritten digits: 1,797 images of 8×8, a fixed fifth of them for testing."""
     from sklearn.datasets import load_digits  # takes a second to import
@@ -99,6 +125,13 @@ def _load_imagenet(root: Path | None, val_fraction: float, seed: int) -> ImageDa
 
 
 def _load_path(name: str, root: str | Path | None, val_fraction: float, seed: int) -> ImageData:
+    path = _find_path(name, root)
+    if is_tiny_imagenet(path):
+        return load_tiny_imagenet(path)
+    return load_folder(path, val_fraction=val_fraction, seed=seed)
+
+
+def _find_path(name: str, root: str | Path | None) -> Path:
     path = Path(name).expanduser()
     if not name or (not path.exists() and os.sep not in name):
         near = difflib.get_close_matches(name.lower(), DATA_NAMES, cutoff=0.4)
@@ -106,6 +139,4 @@ def _load_path(name: str, root: str | Path | None, val_fraction: float, seed: in
         raise ValueError(f"unknown data set {name!r}{guess} Known: {', '.join(DATA_NAMES)}; or give a folder's path")
     if root is not None:
         raise ValueError(f"root={str(root)!r} is for the data sets of the catalogue; {name} is a folder of its own")
-    if is_tiny_imagenet(path):
-        return load_tiny_imagenet(path)
-    return load_folder(path, val_fraction=val_fraction, seed=seed)
+    return path

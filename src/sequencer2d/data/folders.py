@@ -1,7 +1,7 @@
 """Folders of images, one sub-folder per class: split already (train/, val/, test/) or one tree that is split here."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
 
 def scan_classes(root: Path, parent: Path) -> dict[str, list[str]]:
     """Files of each class folder in `parent`, relative to `root`; both in the order of their names."""
-    folders = _subfolders(parent)
+    folders = subfolders(parent)
     if not folders:
         hint = "; sort the images into one folder per class" if image_files(root, parent) else ""
         raise ValueError(f"{parent}: no class folders{hint}")
@@ -75,9 +75,16 @@ def scan_classes(root: Path, parent: Path) -> dict[str, list[str]]:
 def image_files(root: Path, folder: Path) -> list[str]:
     """Image files in a folder and below, sorted, as POSIX paths relative to `root`.
 
+    Files are known by their extension alone: to ask the file system about each of ImageNet's would take minutes.
+    """
+    return [file for file in files_below(root, folder) if is_image_file(file)]
+
+
+def files_below(root: Path, folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[str]:
+    """Files in a folder and below, sorted, as POSIX paths relative to `root`.
+
     Hidden files and folders are left out. Links to folders are followed, but no folder is read twice, so that a link
-    to a folder above ends there. Files are known by their extension alone: to ask the file system about each of
-    ImageNet's would take minutes.
+    to a folder above ends there. A folder that cannot be read is an error, unless `on_error` takes it.
     """
     found = []
     visited = {os.path.realpath(folder)}
@@ -88,12 +95,16 @@ def image_files(root: Path, folder: Path) -> list[str]:
         visited.add(real)
         return new
 
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
-        prefix = Path(parent).relative_to(root).as_posix()
-        images = (file for file in files if not file.startswith(".") and _extension(file) in IMAGE_EXTENSIONS)
-        found += [f"{prefix}/{file}" for file in images]
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=on_error or _raise):
+        prefix = "" if Path(parent) == root else f"{Path(parent).relative_to(root).as_posix()}/"
+        found += [f"{prefix}{file}" for file in files if not file.startswith(".")]
         folders[:] = [f for f in sorted(folders) if not f.startswith(".") and is_new(os.path.join(parent, f))]
     return sorted(found)
+
+
+def is_image_file(file: str) -> bool:
+    """Whether a file counts as an image, by its extension."""
+    return _extension(file) in IMAGE_EXTENSIONS
 
 
 def find_splits(root: Path) -> dict[str, Path]:
@@ -101,9 +112,9 @@ def find_splits(root: Path) -> dict[str, Path]:
 
     A split is a folder of folders: a class may well be called "train" or "test".
     """
-    folders = {folder.name: folder for folder in _subfolders(root)}
+    folders = {folder.name: folder for folder in subfolders(root)}
     splits = {name: folders[name] for name in SPLIT_NAMES if name in folders}
-    nested = [name for name, folder in splits.items() if _subfolders(folder)]
+    nested = [name for name, folder in splits.items() if subfolders(folder)]
     if "train" not in nested:
         if nested or (splits and len(splits) == len(folders)):
             raise ValueError(f"{root}: has {_listed(list(splits))}, but no train folder with class folders in it")
@@ -136,7 +147,7 @@ def _check_divisible(root: Path, files: dict[str, list[str]]) -> None:
         )
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     return [folder / name for name in sorted(names)]

@@ -19,6 +19,8 @@ MIN_SIDE = 2
 """Pixels; an image that is thinner has nothing to classify."""
 MAX_PIXELS = 80_000_000
 """Pixels of the largest image that is decoded: 240 MB as RGB. Below Pillow's own limit of 89 million."""
+MAX_ASPECT = 8
+"""Of a longer image the transforms take only the middle: resizing 2×20,000 pixels whole would take gigabytes."""
 
 
 class ImageError(ValueError):

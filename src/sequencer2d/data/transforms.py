@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig
-from sequencer2d.data.images import Reduction
+from sequencer2d.data.images import MAX_ASPECT, Reduction
 from sequencer2d.data.rand_augment import RandAugment
 from sequencer2d.preprocessing import Preprocessing
 
@@ -33,10 +33,6 @@ class BatchTransform(Protocol):
     def reduction(self, seed: int) -> Reduction | None:
         """How much smaller the image of that seed may be decoded without loss for the batch."""
         ...
-
-
-MAX_ASPECT = 8
-"""Of a longer image only the middle is looked at: resizing 2×20,000 pixels whole would take gigabytes."""
 
 
 class EvalTransform:

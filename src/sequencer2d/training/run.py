@@ -16,10 +16,11 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
-from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
+from sequencer2d.data.catalog import FileImages, ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
+from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
@@ -89,7 +90,10 @@ def train(config: TrainConfig) -> TrainResult:
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
     if checkpoint.exists():
         check_split(run_dir, data)
-    run = _Run(config=config, run_dir=run_dir, data=data, preprocessing=_preprocessing(config))
+    left_out = _left_out(run_dir, data, resumed=checkpoint.exists())
+    run = _Run(config=config, run_dir=run_dir, data=data, left_out=left_out, preprocessing=_preprocessing(config))
+    if len(run.images("train")) < 2 or not len(run.images("val")):
+        raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
     model = run.create_model()
     precision, reason = choose_precision(config.precision)
     log.info("precision %s: %s", precision, reason)
@@ -112,7 +116,17 @@ class _Run:
     config: TrainConfig
     run_dir: Path
     data: ImageData
+    """As loaded and split."""
+    left_out: dict[str, str]
+    """Names of its images that are not used, each with the reason."""
     preprocessing: Preprocessing
+
+    def images(self, split: str) -> ImageSet:
+        """The images of a split that are used."""
+        images = get_split(self.data, split)
+        if not self.left_out:
+            return images
+        return images.subset([i for i in range(len(images)) if images.name(i) not in self.left_out])
 
     def create_model(self) -> Sequencer2D:
         pl.seed_everything(self.config.seed, verbose=False)
@@ -133,6 +147,9 @@ class _Run:
         (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomic(self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         write_atomic(self.run_dir / "split.json", json.dumps(split_names(self.data)))
+        (self.run_dir / "left_out.json").unlink(missing_ok=True)
+        if self.left_out:
+            write_atomic(self.run_dir / "left_out.json", json.dumps(self.left_out, indent=2))
         write_atomic(self.run_dir / "environment.json", json.dumps(describe_machine(), indent=2))
 
     def card(self, model: Sequencer2D, results: dict[str, Any]) -> ModelCard:
@@ -153,6 +170,20 @@ def _resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
     small = image_size <= SMALL_IMAGE_SIZE
     crop_pct = config.crop_pct or (1.0 if small else variant.crop_pct)
     return resolve(config, model=name, image_size=image_size, crop_pct=crop_pct)
+
+
+def _left_out(run_dir: Path, data: ImageData, *, resumed: bool) -> dict[str, str]:
+    """Images that `sequencer2d check` found unreadable; a run that goes on leaves out what it began without."""
+    file = run_dir / "left_out.json"
+    if resumed:
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    roots = {images.root for images in (data.train, data.val, data.test) if isinstance(images, FileImages)}
+    bad = {name: reason for root in roots for name, reason in known_bad(root).items()}
+    names = itertools.chain.from_iterable(split_names(data).values()) if bad else ()
+    left_out = {name: bad[name] for name in names if name in bad}
+    if left_out:
+        log.info("%d images are left out that `sequencer2d check` found unreadable: %s", len(left_out), file)
+    return left_out
 
 
 def _default_model(data: ImageData) -> str:
@@ -222,9 +253,11 @@ def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
 
 def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop; the checkpoint that is there is continued."""
-    config, data = run.config, run.data
+    config = run.config
     small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
-    train_images, val_images = (CachedImages(images) if small else images for images in (data.train, data.val))
+    train_images, val_images = (
+        CachedImages(images) if small else images for images in (run.images("train"), run.images("val"))
+    )
     workers = config.num_workers or 0
     train_loader = TrainLoader(
         train_images,
@@ -304,7 +337,7 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     path = run.run_dir / "model.safetensors"
     model, card = load_model(path)
     split = "test" if run.data.test else "val"
-    images = get_split(run.data, split)
+    images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
     evaluation, answers = evaluate_images(model, run.preprocessing, images, **names)
     skipped = tuple(dict.fromkeys([*task.skipped, *evaluation.skipped]))
@@ -336,7 +369,7 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
 def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dict[str, str]:
     return {
         "Best validation accuracy": f"{result.val_top1:.2%}",
-        "Data": f"{run.data.name}, {len(run.data.train):,} training images, {len(run.data.class_names)} classes",
+        "Data": f"{run.data.name}, {len(run.images('train')):,} training images, {len(run.data.class_names)} classes",
         "Model": f"{run.config.model}, {run.preprocessing.image_size} pixels",
         "Parameters": f"{result.num_parameters / 1e6:.2f} M",
         "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
