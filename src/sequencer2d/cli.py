@@ -9,6 +9,7 @@ VERBS = {
     "train": "train a model; without options: the embedded digits, in about a minute",
     "evaluate": "accuracy, calibration and confusions of a model on a data set",
     "predict": "classify images, folders, or an image on standard input",
+    "prepare": "write a data set as WebDataset shards",
     "models": "list the variants with their parameters and sizes",
 }
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 from rich.table import Column, Table
 
 from sequencer2d.cli import DONE, PROBLEM, STOPPED
@@ -136,6 +137,49 @@ def predict(arguments: list[str]) -> int:
         for _ in printed():
             pass
     return PROBLEM if failed else DONE
+
+
+def prepare(arguments: list[str]) -> int:
+    """`sequencer2d prepare`"""
+    if arguments[:1] == ["shards"]:
+        return _prepare_shards(arguments[1:])
+    raise ValueError("prepare makes shards: sequencer2d prepare shards --source NAME --root DIR")
+
+
+def _prepare_shards(arguments: list[str]) -> int:
+    """`sequencer2d prepare shards`"""
+    from sequencer2d.data.catalog import load_data
+    from sequencer2d.data.shards import INDEX, write_shards
+
+    parser = VerbParser(
+        "sequencer2d prepare shards",
+        description="Write a data set as WebDataset shards, to train on with --data FOLDER or the folder's URL.",
+    )
+    parser.add_argument("--source", type=str, required=True, help="data set by name, or a folder of images")
+    parser.add_argument("--root", type=str, required=True, help="folder to make")
+    parser.add_argument("--data_root", type=str | None, default=None, help="where a named data set lies")
+    parser.add_argument("--images_per_shard", type=int, default=1000, help="aim at 50 to 200 MB a shard")
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="part held out where no validation set is given"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that split")
+    options = parser.parse_args(arguments)
+    root = Path(options.root).expanduser()
+    data = load_data(options.source, root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("shards")
+        shards = write_shards(
+            data,
+            root,
+            images_per_shard=options.images_per_shard,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for split in dict.fromkeys(shard.split for shard in shards):
+        chosen = [shard for shard in shards if shard.split == split]
+        images, size = sum(shard.num_images for shard in chosen), sum(shard.size for shard in chosen)
+        print(f"{split:<6} {images:,} images in {len(chosen):,} shards, {size / 1e6:,.1f} MB")
+    print(f"list   {root / INDEX}")
+    return DONE
 
 
 def models(arguments: list[str]) -> int:

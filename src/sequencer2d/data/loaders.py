@@ -7,6 +7,7 @@ can be repeated, and continued inside an epoch.
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.sets import ImageSet
+from sequencer2d.data.shards import ShardImages
+from sequencer2d.data.streaming import shuffled, stream
 from sequencer2d.data.transforms import ImageTransform
 
 Key = tuple[int, int]
 """Index of an image and the seed of its augmentation."""
+StreamedKey = tuple[int, int, bytes]
+"""The same, and the image's file."""
+SHUFFLE_BUFFER = 4096
+"""Images that wait in memory while shards are streamed: half a gigabyte of ImageNet."""
 
 
 class Batch(NamedTuple):
@@ -67,13 +74,76 @@ class ShuffledBatches(Sampler[list[Key]]):
             yield list(zip(order[chosen], seeds[chosen], strict=True))
 
 
+class StreamedBatches(ShuffledBatches):
+    """One rank's batches of images in shards. The main process reads the shards; workers are sent the files."""
+
+    def __init__(self, images: ShardImages, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if len(images) < world_size:
+            raise ValueError(f"{len(images)} images in shards are too few for {world_size} processes")
+        super().__init__(len(images) // world_size, batch_size, seed)
+        self.images = images
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[StreamedKey]]:  # type: ignore[override]
+        order = shuffled(
+            self.images,
+            seed=self.seed,
+            epoch=self.epoch,
+            rank=self.rank,
+            world_size=self.world_size,
+            buffer_size=SHUFFLE_BUFFER,
+        )
+        first, self.first_batch = self.first_batch, 0
+        return stream_batches(
+            self.images, order[first * self.batch_size : len(self) * self.batch_size], self.batch_size
+        )
+
+
+class OrderedStream(Sampler[list[StreamedKey]]):
+    """All images in shards once, in order, in batches."""
+
+    def __init__(self, images: ShardImages, batch_size: int) -> None:
+        self.images = images
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[StreamedKey]]:
+        return stream_batches(self.images, [(index, 0) for index in range(len(self.images))], self.batch_size)
+
+
+def stream_batches(images: ShardImages, keys: Sequence[Key], batch_size: int) -> Iterator[list[StreamedKey]]:
+    """Batches of these images, with their files; the last one may be smaller."""
+    files = stream(images, [index for index, _ in keys])
+    with closing(files):
+        for start in range(0, len(keys), batch_size):
+            yield [(index, seed, next(files)) for index, seed in keys[start : start + batch_size]]
+
+
 class TrainLoader(DataLoader[Any]):
-    """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint."""
+    """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint.
+
+    Of images in shards, each of `world_size` processes sees a part of its own, of the same size.
+    """
 
     def __init__(
-        self, images: ImageSet, transform: ImageTransform, *, batch_size: int, seed: int, num_workers: int
+        self,
+        images: ImageSet,
+        transform: ImageTransform,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.batches = ShuffledBatches(len(images), batch_size, seed)
+        if isinstance(images, ShardImages):
+            self.batches = StreamedBatches(images, batch_size, seed, rank=rank, world_size=world_size)
+        else:
+            assert world_size == 1, "only shards are divided among processes"
+            self.batches = ShuffledBatches(len(images), batch_size, seed)
         self.position = 0
         super().__init__(
             TransformedImages(images, transform),
@@ -102,10 +172,12 @@ def eval_loader(
     images: ImageSet, transform: ImageTransform, *, batch_size: int, num_workers: int = 0
 ) -> DataLoader[Any]:
     """All images once, in order, as `Batch`es."""
-    keys = [
+    keys: Any = [
         [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
         for start in range(0, len(images), batch_size)
     ]
+    if isinstance(images, ShardImages):
+        keys = OrderedStream(images, batch_size)
     return DataLoader(
         TransformedImages(images, transform),
         batch_sampler=keys,
@@ -134,11 +206,13 @@ class TransformedImages(Dataset[Sample | str]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> Sample | str:
-        index, seed = key
+    def __getitem__(self, key: Key | StreamedKey) -> Sample | str:
+        index, seed, *file = key
         seed_generators(seed)
         try:
-            image = self.images.image(index)
+            image = (
+                self.images.decode(index, *file) if isinstance(self.images, ShardImages) else self.images.image(index)
+            )
         except ImageError as error:
             return str(error)
         return Sample(self.transform(image), int(self.images.labels[index]), index)
