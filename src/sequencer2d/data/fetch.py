@@ -13,12 +13,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Event
 from typing import Any
 
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**16
+"""What one read may lose when the connection breaks."""
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +169,7 @@ def _read_http(url: str, start: int, size: int | None, total: int | None) -> Ite
                 _check_total(url, expected, total)
                 skip = start
             came = 0
-            while chunk := response.read(CHUNK_BYTES):
+            while chunk := response.read1(CHUNK_BYTES):
                 came += len(chunk)
                 wanted = chunk[max(0, skip - (came - len(chunk))) :]
                 if size is not None:
@@ -196,7 +198,7 @@ def _read_s3(url: str, start: int, size: int | None, total: int | None) -> Itera
         answer = client.get_object(Bucket=bucket, Key=key, **options)
         if options:
             _check_range(url, answer.get("ContentRange", ""), start, total)
-        with answer["Body"] as body:
+        with closing(answer["Body"]) as body:
             yield from body.iter_chunks(CHUNK_BYTES)
     except ClientError as error:
         details = error.response.get("Error", {})
