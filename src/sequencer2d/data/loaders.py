@@ -95,7 +95,7 @@ class StreamedBatches(ShuffledBatches):
             buffer_size=SHUFFLE_BUFFER,
         )
         first, self.first_batch = self.first_batch, 0
-        return stream_batches(
+        yield from stream_batches(
             self.images, order[first * self.batch_size : len(self) * self.batch_size], self.batch_size
         )
 
