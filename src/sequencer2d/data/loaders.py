@@ -6,7 +6,7 @@ can be repeated, and continued inside an epoch.
 
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -74,8 +74,27 @@ class ShuffledBatches(Sampler[list[Key]]):
             yield list(zip(order[chosen], seeds[chosen], strict=True))
 
 
-class StreamedBatches(ShuffledBatches):
-    """One rank's batches of images in shards. The main process reads the shards; workers are sent the files."""
+class Streamed:
+    """Batches of images in shards. The main process reads the shards; workers are sent the files."""
+
+    failure: Exception | None = None
+    """Why the batches ended early. Raised by `ImageLoader`, once all that was read before it has been used."""
+
+    def stream_batches(
+        self, images: ShardImages, keys: Sequence[Key], batch_size: int
+    ) -> Generator[list[StreamedKey], None, None]:
+        """These images with their files, in batches, of which the last one may be smaller."""
+        self.failure = None
+        try:
+            with closing(stream(images, [index for index, _ in keys])) as files:
+                for start in range(0, len(keys), batch_size):
+                    yield [(index, seed, next(files)) for index, seed in keys[start : start + batch_size]]
+        except (OSError, ValueError, ImportError) as error:
+            self.failure = error
+
+
+class StreamedBatches(ShuffledBatches, Streamed):
+    """One rank's shuffled batches of images in shards, as many for each rank."""
 
     def __init__(self, images: ShardImages, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
         if len(images) < world_size:
@@ -95,13 +114,12 @@ class StreamedBatches(ShuffledBatches):
             buffer_size=SHUFFLE_BUFFER,
         )
         first, self.first_batch = self.first_batch, 0
-        yield from stream_batches(
-            self.images, order[first * self.batch_size : len(self) * self.batch_size], self.batch_size
-        )
+        left = order[first * self.batch_size : len(self) * self.batch_size]
+        yield from self.stream_batches(self.images, left, self.batch_size)
 
 
-class OrderedStream(Sampler[list[StreamedKey]]):
-    """All images in shards once, in order, in batches."""
+class OrderedBatches(Sampler[list[StreamedKey]], Streamed):
+    """All images in shards once, in order."""
 
     def __init__(self, images: ShardImages, batch_size: int) -> None:
         self.images = images
@@ -111,18 +129,20 @@ class OrderedStream(Sampler[list[StreamedKey]]):
         return -(-len(self.images) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[StreamedKey]]:
-        return stream_batches(self.images, [(index, 0) for index in range(len(self.images))], self.batch_size)
+        keys = [(index, 0) for index in range(len(self.images))]
+        yield from self.stream_batches(self.images, keys, self.batch_size)
 
 
-def stream_batches(images: ShardImages, keys: Sequence[Key], batch_size: int) -> Iterator[list[StreamedKey]]:
-    """Batches of these images, with their files; the last one may be smaller."""
-    files = stream(images, [index for index, _ in keys])
-    with closing(files):
-        for start in range(0, len(keys), batch_size):
-            yield [(index, seed, next(files)) for index, seed in keys[start : start + batch_size]]
+class ImageLoader(DataLoader[Any]):
+    """Yields `Batch`es, and then the error that ended them."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
+        if isinstance(self.batch_sampler, Streamed) and self.batch_sampler.failure:
+            raise self.batch_sampler.failure
 
 
-class TrainLoader(DataLoader[Any]):
+class TrainLoader(ImageLoader):
     """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint.
 
     Of images in shards, each of `world_size` processes sees a part of its own, of the same size.
@@ -168,17 +188,15 @@ class TrainLoader(DataLoader[Any]):
         self.batches.first_batch = self.position = state["batch"]
 
 
-def eval_loader(
-    images: ImageSet, transform: ImageTransform, *, batch_size: int, num_workers: int = 0
-) -> DataLoader[Any]:
+def eval_loader(images: ImageSet, transform: ImageTransform, *, batch_size: int, num_workers: int = 0) -> ImageLoader:
     """All images once, in order, as `Batch`es."""
     keys: Any = [
         [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
         for start in range(0, len(images), batch_size)
     ]
     if isinstance(images, ShardImages):
-        keys = OrderedStream(images, batch_size)
-    return DataLoader(
+        keys = OrderedBatches(images, batch_size)
+    return ImageLoader(
         TransformedImages(images, transform),
         batch_sampler=keys,
         collate_fn=collate,
