@@ -141,8 +141,8 @@ def predict(arguments: list[str]) -> int:
 
 def prepare(arguments: list[str]) -> int:
     """`sequencer2d prepare`"""
-    if arguments[:1] == ["shards"]:
-        return _prepare_shards(arguments[1:])
+    if arguments[:1] == ["shards"] or "--help" in arguments:
+        return _prepare_shards(arguments[1:] if arguments[0] == "shards" else arguments)
     raise ValueError("prepare makes shards: sequencer2d prepare shards --source NAME --root DIR")
 
 
