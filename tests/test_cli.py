@@ -118,6 +118,7 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
         "--precision --backend --optim.learning-rate --augment.mixup-alpha",
         "evaluate": "model --data --data-root --split --json",
         "predict": "model paths --top-k --output",
+        "prepare": "--source --root --data-root --images-per-shard",
         "models": "contains",
     }[verb]
     for option in wanted.split():  # with an explanation, beside it or in the next line
