@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import Progress
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -145,6 +146,8 @@ def predict(arguments: list[str]) -> int:
 
 def prepare(arguments: list[str]) -> int:
     """`sequencer2d prepare`"""
+    if arguments[:1] == ["shards"]:
+        return _prepare_shards(arguments[1:])
     parser = VerbParser(
         "sequencer2d prepare",
         description="Make a data set ready for training: ROOT/NAME/{train,val,test}/CLASS/FILE and classes.json. "
@@ -285,6 +288,42 @@ def _progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _prepare_shards(arguments: list[str]) -> int:
+    """`sequencer2d prepare shards`"""
+    from sequencer2d.data.catalog import load_data
+    from sequencer2d.data.shards import INDEX, write_shards
+
+    parser = VerbParser(
+        "sequencer2d prepare shards",
+        description="Write a data set as WebDataset shards, to train on with --data FOLDER or the folder's URL.",
+    )
+    parser.add_argument("--source", type=str, required=True, help="data set by name, or a folder of images")
+    parser.add_argument("--root", type=str, required=True, help="folder to make")
+    parser.add_argument("--data_root", type=str | None, default=None, help="where a named data set lies")
+    parser.add_argument("--images_per_shard", type=int, default=1000, help="aim at 50 to 200 MB a shard")
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.1, help="part held out where no validation set is given"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of that split")
+    options = parser.parse_args(arguments)
+    root = Path(options.root).expanduser()
+    data = load_data(options.source, root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("shards")
+        shards = write_shards(
+            data,
+            root,
+            images_per_shard=options.images_per_shard,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for split in dict.fromkeys(shard.split for shard in shards):
+        chosen = [shard for shard in shards if shard.split == split]
+        images, size = sum(shard.num_images for shard in chosen), sum(shard.size for shard in chosen)
+        print(f"{split:<6} {images:,} images in {len(chosen):,} shards, {size / 1e6:,.1f} MB")
+    print(f"list   {root / INDEX}")
+    return DONE
 
 
 def models(arguments: list[str]) -> int:

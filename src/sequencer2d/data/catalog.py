@@ -10,6 +10,7 @@ import numpy as np
 from sequencer2d.data.classes import CLASSES_FILE
 from sequencer2d.data.folders import load_folder
 from sequencer2d.data.sets import ArrayImages, FileImages, ImageData, ImageSet, split_names, split_off_val
+from sequencer2d.data.shards import is_shards, load_shards
 from sequencer2d.data.splits import stratified_split
 from sequencer2d.data.tiny_imagenet import is_tiny_imagenet, load_tiny_imagenet
 
@@ -42,7 +43,8 @@ def load_data(
     Validation images that the data do not bring are split off the training images, class by class.
 
     Args:
-        name: One of `DATA_NAMES`, or the path of an image folder (see `load_folder`) or of Tiny-ImageNet.
+        name: One of `DATA_NAMES`, or the path of an image folder (see `load_folder`) or of Tiny-ImageNet, or shards by
+            path, URL or command (see `load_shards`).
         root: Folder of a data set of the catalogue, or the one that `prepare` was given. Default: `data` in the current
             folder; `imagenet` has none unless it was prepared there.
         val_fraction: Share of the training images that become validation images where none are given.
@@ -53,6 +55,7 @@ def load_data(
         ValueError: An unknown name, a fraction outside (0, 1), or data that cannot be trained on.
         FileNotFoundError: The data, or a piece of them, are missing.
         ConnectionError: A download failed.
+        ImportError: Shards in s3:// without the extra `shards`.
         OSError: A download could not be stored.
 
     Example: `load_data("digits").class_names[:3] == ("0", "1", "2")`
@@ -125,6 +128,10 @@ def _load_imagenet(root: Path | None, val_fraction: float, seed: int) -> ImageDa
 
 
 def _load_path(name: str, root: str | Path | None, val_fraction: float, seed: int) -> ImageData:
+    if is_shards(name):
+        if root is not None:
+            raise ValueError(f"root={str(root)!r} is for the data sets of the catalogue; {name} are shards")
+        return load_shards(name, val_fraction=val_fraction, seed=seed)
     path = _find_path(name, root)
     if is_tiny_imagenet(path):
         return load_tiny_imagenet(path)

@@ -6,7 +6,8 @@ can be repeated, and continued inside an epoch.
 
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +20,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.images import ImageError, Reduction
 from sequencer2d.data.sets import ImageSet
+from sequencer2d.data.shards import ShardImages
+from sequencer2d.data.streaming import shuffled, stream
 from sequencer2d.data.transforms import BatchTransform
 
 Key = tuple[int, int]
 """Index of an image and the seed of its augmentation."""
+StreamedKey = tuple[int, int, bytes]
+"""The same, and the image's file."""
+SHUFFLE_BUFFER = 4096
+"""Images that wait in memory while shards are streamed: half a gigabyte of ImageNet."""
 
 
 class Batch(NamedTuple):
@@ -67,13 +74,96 @@ class ShuffledBatches(Sampler[list[Key]]):
             yield list(zip(order[chosen], seeds[chosen], strict=True))
 
 
-class TrainLoader(DataLoader[Any]):
-    """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint."""
+class Streamed:
+    """Batches of images in shards. The main process reads the shards; workers are sent the files."""
+
+    failure: Exception | None = None
+    """Why the batches ended early. Raised by `ImageLoader`, once all that was read before it has been used."""
+
+    def stream_batches(
+        self, images: ShardImages, keys: Sequence[Key], batch_size: int
+    ) -> Generator[list[StreamedKey], None, None]:
+        """These images with their files, in batches, of which the last one may be smaller."""
+        self.failure = None
+        try:
+            with closing(stream(images, [index for index, _ in keys])) as files:
+                for start in range(0, len(keys), batch_size):
+                    yield [(index, seed, next(files)) for index, seed in keys[start : start + batch_size]]
+        except (OSError, ValueError, ImportError) as error:
+            self.failure = error
+
+
+class StreamedBatches(ShuffledBatches, Streamed):
+    """One rank's shuffled batches of images in shards, as many for each rank."""
+
+    def __init__(self, images: ShardImages, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+        if len(images) < world_size:
+            raise ValueError(f"{len(images)} images in shards are too few for {world_size} processes")
+        super().__init__(len(images) // world_size, batch_size, seed)
+        self.images = images
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[StreamedKey]]:  # type: ignore[override]
+        order = shuffled(
+            self.images,
+            seed=self.seed,
+            epoch=self.epoch,
+            rank=self.rank,
+            world_size=self.world_size,
+            buffer_size=SHUFFLE_BUFFER,
+        )
+        first, self.first_batch = self.first_batch, 0
+        left = order[first * self.batch_size : len(self) * self.batch_size]
+        yield from self.stream_batches(self.images, left, self.batch_size)
+
+
+class OrderedBatches(Sampler[list[StreamedKey]], Streamed):
+    """All images in shards once, in order."""
+
+    def __init__(self, images: ShardImages, batch_size: int) -> None:
+        self.images = images
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[StreamedKey]]:
+        keys = [(index, 0) for index in range(len(self.images))]
+        yield from self.stream_batches(self.images, keys, self.batch_size)
+
+
+class ImageLoader(DataLoader[Any]):
+    """Yields `Batch`es, and then the error that ended them."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
+        if isinstance(self.batch_sampler, Streamed) and self.batch_sampler.failure:
+            raise self.batch_sampler.failure
+
+
+class TrainLoader(ImageLoader):
+    """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint.
+
+    Of images in shards, each of `world_size` processes sees a part of its own, of the same size.
+    """
 
     def __init__(
-        self, images: ImageSet, transform: BatchTransform, *, batch_size: int, seed: int, num_workers: int
+        self,
+        images: ImageSet,
+        transform: BatchTransform,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.batches = ShuffledBatches(len(images), batch_size, seed)
+        if isinstance(images, ShardImages):
+            self.batches = StreamedBatches(images, batch_size, seed, rank=rank, world_size=world_size)
+        else:
+            assert world_size == 1, "only shards are divided among processes"
+            self.batches = ShuffledBatches(len(images), batch_size, seed)
         self.position = 0
         super().__init__(
             TransformedImages(images, transform),
@@ -98,15 +188,15 @@ class TrainLoader(DataLoader[Any]):
         self.batches.first_batch = self.position = state["batch"]
 
 
-def eval_loader(
-    images: ImageSet, transform: BatchTransform, *, batch_size: int, num_workers: int = 0
-) -> DataLoader[Any]:
+def eval_loader(images: ImageSet, transform: BatchTransform, *, batch_size: int, num_workers: int = 0) -> ImageLoader:
     """All images once, in order, as `Batch`es."""
-    keys = [
+    keys: Any = [
         [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
         for start in range(0, len(images), batch_size)
     ]
-    return DataLoader(
+    if isinstance(images, ShardImages):
+        keys = OrderedBatches(images, batch_size)
+    return ImageLoader(
         TransformedImages(images, transform),
         batch_sampler=keys,
         collate_fn=as_it_is,
@@ -125,12 +215,12 @@ class TransformedImages(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: Sequence[Key | StreamedKey]) -> Batch:
         decoded, good, skipped = [], [], []
-        for key in keys:
+        for index, seed, *file in keys:
             try:
-                decoded.append(self.images.image(key[0], self.transform.reduction(key[1])))
-                good.append(key)
+                decoded.append(self._decode(index, seed, *file))
+                good.append((index, seed))
             except ImageError as error:
                 skipped.append(str(error))
         if not good:
@@ -139,6 +229,13 @@ class TransformedImages(Dataset[Batch]):
         indices, seeds = zip(*good, strict=True)
         images = torch.from_numpy(self.transform(decoded, seeds))
         return Batch(images, torch.from_numpy(self.images.labels[list(indices)]), torch.tensor(indices), skipped)
+
+    def _decode(self, index: int, seed: int, content: bytes | None = None) -> Image.Image:
+        reduction = self.transform.reduction(seed)
+        if content is None:
+            return self.images.image(index, reduction)
+        assert isinstance(self.images, ShardImages)
+        return self.images.decode(index, content, reduction)
 
 
 def as_it_is(batch: Any) -> Any:

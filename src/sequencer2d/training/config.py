@@ -65,7 +65,7 @@ class TrainConfig:
     weights: str | None = None
     """Start from this run folder or file (ours, timm's, the official code's), hf-hub:user/name, or published name."""
     data: str = "digits"
-    """digits, cifar10, cifar100, tiny-imagenet, imagenet, or a folder of images."""
+    """digits, cifar10, cifar100, tiny-imagenet, imagenet, a folder of images, or shards: folder, URL, s3://, pipe:."""
     data_root: str | None = None
     """Where a named data set lies or is downloaded to."""
     val_fraction: float = 0.1

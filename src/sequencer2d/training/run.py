@@ -19,6 +19,7 @@ from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.catalog import FileImages, ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
+from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> TrainResult:
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
     config = _resolve(config, data)
-    run_dir = resumed_run or _choose_run_dir(config)
+    run_dir = resumed_run or _choose_run_dir(config, data.name)
     checkpoint = run_dir / "checkpoints" / "last.ckpt"
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
@@ -211,7 +212,7 @@ def _preprocessing(config: TrainConfig) -> Preprocessing:
     return Preprocessing(image_size=config.image_size, crop_pct=config.crop_pct)
 
 
-def _choose_run_dir(config: TrainConfig) -> Path:
+def _choose_run_dir(config: TrainConfig, data_name: str) -> Path:
     """The folder asked for, a stopped run of the same config to continue, or a new name."""
     if config.run_dir is not None:
         run_dir = Path(config.run_dir)
@@ -223,7 +224,7 @@ def _choose_run_dir(config: TrainConfig) -> Path:
                 why = f"of another config ({', '.join(changed)})" if changed else "and --resume is never"
                 raise ValueError(f"{run_dir} holds an unfinished run {why}; give another --run-dir")
         return run_dir
-    stem = f"runs/{Path(config.data).name}-{config.model}"
+    stem = f"runs/{data_name}-{config.model}"
     names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
     for run_dir in map(Path, names):
         if not run_dir.exists():
@@ -256,7 +257,8 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
     config = run.config
     small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
     train_images, val_images = (
-        CachedImages(images) if small else images for images in (run.images("train"), run.images("val"))
+        CachedImages(images) if small and not isinstance(images, ShardImages) else images
+        for images in (run.images("train"), run.images("val"))
     )
     workers = config.num_workers or 0
     train_loader = TrainLoader(

@@ -1,0 +1,414 @@
+"""WebDataset shards: tar files of images and labels that are read from end to end, so that a network suffices.
+
+A sample is a key and its members: `000000123.jpg`, the image; `000000123.cls`, its label as a number; and
+`000000123.json`, its original name. `shards.json` beside the tar files lists them with their sizes and checksums, and
+for each image the label and where it lies; so the length of an epoch is known, one image can be read alone, and a
+damaged shard is noticed before its images are used.
+
+```
+shards/
+  train-000000.tar  train-000001.tar  …  val-000000.tar  test-000000.tar
+  shards.json
+```
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from threading import Event
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+
+from sequencer2d.data.fetch import ShardError, check_url, fetch, is_url
+from sequencer2d.data.images import IMAGE_EXTENSIONS, Reduction, open_image
+from sequencer2d.data.sets import FileImages, ImageData, ImageSet, split_off_val
+
+FORMAT = "sequencer2d-shards/1"
+INDEX = "shards.json"
+SPLITS = ("train", "val", "test")
+_FILE = re.compile(r"\w[\w.-]*\.tar", re.ASCII)  # nothing that a shell or a folder could take for something else
+_BRACES = re.compile(r"([\w.-]*)\{(\d+)\.\.(\d+)\}([\w.-]*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A tar file and the images in it; the lists have an entry per image, in the order of the file."""
+
+    file: str
+    """Name, without a folder."""
+    split: str
+    """train, val or test."""
+    first_key: int
+    """Key of the first sample; the others count on from it."""
+    num_images: int
+    size: int
+    """Bytes of the tar file."""
+    sha256: str
+    labels: list[int]
+    offsets: list[int]
+    """First byte of each image in the tar file."""
+    sizes: list[int]
+    """Bytes of each image."""
+
+    def __post_init__(self) -> None:
+        if not _FILE.fullmatch(self.file):
+            raise ValueError(f"file={self.file!r} must be the plain name of a tar file")
+        if self.split not in SPLITS:
+            raise ValueError(f"split={self.split!r} of {self.file} must be one of {', '.join(SPLITS)}")
+        if {self.num_images} != {len(self.labels), len(self.offsets), len(self.sizes)}:
+            raise ValueError(f"{self.file}: labels, offsets and sizes must be {self.num_images} each")
+        ranges = zip(self.offsets, self.sizes, strict=True)
+        if any(start < 0 or size < 0 or start + size > self.size for start, size in ranges):
+            raise ValueError(f"{self.file}: images must lie within its {self.size} bytes")
+
+
+# Writing
+
+
+def write_shards(
+    data: ImageData,
+    root: Path,
+    *,
+    images_per_shard: int = 1000,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Shard]:
+    """Writes all splits of a data set as shards. Image files keep their bytes; other images become PNG.
+
+    The training images are shuffled once, so that neighbours in a shard are not of one class; the others keep their
+    order. The folder appears whole, or not at all: until then the work lies in a hidden folder beside it, which the
+    next attempt clears away.
+
+    Args:
+        data: What to write; its sources stay as they are.
+        root: Folder to make; it may exist if it is empty.
+        images_per_shard: Largest number of images in a tar file. Readers hold a few whole shards in memory: aim at 50
+            to 200 MB.
+        progress: Called with the number of images written and in all.
+
+    Returns:
+        What `shards.json` lists.
+
+    Raises:
+        ValueError: `images_per_shard` is below 1, or the folder is not empty.
+        OSError: An image cannot be read, or a shard not be written; nothing of it is left.
+    """
+    if images_per_shard < 1:
+        raise ValueError(f"images_per_shard={images_per_shard} must be at least 1")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root}: exists and is not an empty folder; remove it, or give another one")
+    splits = {"train": data.train, "val": data.val, "test": data.test}
+    images_of = {split: images for split, images in splits.items() if images}
+    total = sum(map(len, images_of.values()))
+    scratch = root.resolve().parent / f".{root.resolve().name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        shards: list[Shard] = []
+        done = 0
+        for split, images in images_of.items():
+            order = np.random.RandomState(0).permutation(len(images)) if split == "train" else np.arange(len(images))
+            for number, start in enumerate(range(0, len(images), images_per_shard)):
+                chosen = order[start : start + images_per_shard].tolist()
+                content = _tar(images, chosen, start)
+                file = f"{split}-{number:06d}.tar"
+                shards.append(_describe(content, file, split, start, len(data.class_names)))
+                _write_synced(scratch / file, content)
+                done += len(chosen)
+                if progress:
+                    progress(done, total)
+        index = {"format": FORMAT, "class_names": data.class_names, "shards": [asdict(shard) for shard in shards]}
+        _write_synced(scratch / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode())
+        os.rename(scratch, root.resolve())
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return shards
+
+
+def _describe(content: bytes, file: str, split: str, first_key: int, num_classes: int) -> Shard:
+    labels, offsets, sizes = _find_images(content, file, first_key, num_classes)
+    return Shard(
+        file=file,
+        split=split,
+        first_key=first_key,
+        num_images=len(labels),
+        size=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        labels=labels,
+        offsets=offsets,
+        sizes=sizes,
+    )
+
+
+def _tar(images: ImageSet, indices: Sequence[int], first_key: int) -> bytes:
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, index in enumerate(indices, start=first_key):
+            content, extension = _encoded(images, index)
+            members = {
+                extension: content,
+                ".cls": str(images.labels[index]).encode(),
+                ".json": json.dumps({"name": images.name(index)}).encode(),
+            }
+            for ending, member in members.items():
+                info = tarfile.TarInfo(f"{key:09d}{ending}")
+                info.size = len(member)
+                tar.addfile(info, BytesIO(member))
+    return buffer.getvalue()
+
+
+def _encoded(images: ImageSet, index: int) -> tuple[bytes, str]:
+    """An image as a file, and its extension."""
+    if isinstance(images, FileImages):
+        path = images.root / images.files[index]
+        return path.read_bytes(), path.suffix.lower()
+    buffer = BytesIO()
+    images.image(index).save(buffer, "PNG")
+    return buffer.getvalue(), ".png"
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it could not take
+        raise
+
+
+def _find_images(content: bytes, file: str, first_key: int, num_classes: int) -> tuple[list[int], list[int], list[int]]:
+    """Labels, offsets and sizes of the images in a tar file. Raises ShardError, naming what is not as we write it."""
+    labels, offsets, sizes = [], [], []
+    for key, members in enumerate(_samples(content, file), start=first_key):
+        name = f"{file}/{key:09d}"
+        if members.pop("", None) != name:
+            raise ShardError(f"{name}: missing, or in another place; write the shards again")
+        images = [member for ending, member in members.items() if ending in IMAGE_EXTENSIONS]
+        if len(images) != 1:
+            raise ShardError(f"{name}: {len(images)} images, where one is needed; write the shards again")
+        label = content[members[".cls"].offset_data :][: members[".cls"].size] if ".cls" in members else b""
+        if not label.isdigit() or int(label) >= num_classes:
+            raise ShardError(
+                f"{name}.cls: label {label.decode(errors='replace')!r} is not one of the {num_classes} classes; "
+                "write the shards again"
+            )
+        labels.append(int(label))
+        offsets.append(images[0].offset_data)
+        sizes.append(images[0].size)
+    return labels, offsets, sizes
+
+
+def _samples(content: bytes, file: str) -> Iterator[dict[str, Any]]:
+    """Members of each sample by their endings; under "" is its name."""
+    sample: dict[str, Any] = {}
+    position = 0
+    try:
+        with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                key, _, ending = path.name.partition(".")
+                name = f"{file}/{path.with_name(key)}"
+                if sample and sample[""] != name:
+                    yield sample
+                    sample = {}
+                sample |= {"": name, f".{ending.lower()}": member}
+            position = tar.offset
+    except tarfile.TarError as error:
+        raise ShardError(f"{file}: damaged ({error}); copy it again, or write the shards again") from error
+    if content[position:].strip(b"\0"):  # to tarfile, a damaged header is the end
+        raise ShardError(f"{file}: damaged tar header at byte {position:,}; copy it again, or write the shards again")
+    if sample:
+        yield sample
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class ShardLocation:
+    """Where shards lie: what stands before and after the name of a file."""
+
+    before: str
+    after: str = ""
+
+    def url(self, file: str) -> str:
+        return f"{self.before}{file}{self.after}"
+
+
+def is_shards(name: str) -> bool:
+    """Whether `--data NAME` means shards: a URL, a pattern of tar files, or a folder or file with their list."""
+    if is_url(name) or _BRACES.search(name):
+        return True
+    path = Path(name).expanduser()
+    return path.name == INDEX or path.suffix == ".tar" or (path / INDEX).is_file()
+
+
+class ShardImages(ImageSet):
+    """Images in shards. One by one they are read where they lie; `data.streaming` reads whole shards ahead."""
+
+    def __init__(self, location: ShardLocation, shards: Sequence[Shard], num_classes: int) -> None:
+        def joined(lists: list[list[int]]) -> Int[np.ndarray, "N"]:
+            return np.concatenate([np.array(numbers, dtype=np.int64) for numbers in [*lists, []]])
+
+        self.location = location
+        self.shards = list(shards)
+        self.num_classes = num_classes
+        self.labels = joined([shard.labels for shard in shards])
+        self.offsets = joined([shard.offsets for shard in shards])
+        self.sizes = joined([shard.sizes for shard in shards])
+        self.keys = joined([list(range(shard.first_key, shard.first_key + shard.num_images)) for shard in shards])
+        self.shard_numbers = np.repeat(np.arange(len(shards)), [shard.num_images for shard in shards])
+
+    def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        """Also raises what `fetch` does."""
+        shard = self.shards[self.shard_numbers[index]]
+        url = self.location.url(shard.file)
+        start, size = int(self.offsets[index]), int(self.sizes[index])
+        return self.decode(index, fetch(url, start=start, size=size, total=shard.size), reduction)
+
+    def decode(self, index: int, content: bytes, reduction: Reduction | None = None) -> Image.Image:
+        """The image at an index, of which the bytes are at hand.
+
+        Raises:
+            ImageError: The image is not usable.
+        """
+        return open_image(_NamedBytes(content, self.name(index)), reduction)
+
+    def read_shard(self, number: int, stop: Event | None = None) -> bytes:
+        """A whole tar file, verified.
+
+        Raises:
+            ShardError: It is not the one that shards.json describes; the message says what is wrong with it.
+            OSError, ImportError: As `fetch`.
+        """
+        shard = self.shards[number]
+        url = self.location.url(shard.file)
+        content = fetch(url, size=shard.size, total=shard.size, stop=stop)
+        if hashlib.sha256(content).hexdigest() != shard.sha256:
+            _find_images(content, url, shard.first_key, self.num_classes)  # tells the defect, where it finds one
+            raise ShardError(f"{url}: not the file that shards.json describes; copy both again")
+        return content
+
+    def name(self, index: int) -> str:
+        return f"{self.shards[self.shard_numbers[index]].file}/{self.keys[index]:09d}"
+
+    def subset(self, indices: Sequence[int] | Int[np.ndarray, "M"]) -> "ShardImages":
+        part = ShardImages(self.location, [], self.num_classes)
+        part.shards = self.shards
+        for column in ("labels", "offsets", "sizes", "keys", "shard_numbers"):
+            setattr(part, column, getattr(self, column)[np.asarray(indices, dtype=np.int64)])
+        return part
+
+
+class _NamedBytes(BytesIO):
+    """Bytes that messages call by a name."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+
+def load_shards(name: str, *, val_fraction: float, seed: int) -> ImageData:
+    """Reads the list of shards; of the images, none.
+
+    Args:
+        name: The folder of shards.json or that file: a path, `http(s)://…`, `s3://bucket/prefix`. Or `pipe:` and a
+            command that prints the file whose name replaces `{}`. Where a name in the place of `{}` has braces, as in
+            `train-{000000..000099}.tar`, only these training shards are used.
+        val_fraction: Share of validation images where there are no such shards.
+        seed: Of that split.
+
+    Raises:
+        ValueError: The list or its address cannot be understood, or there is nothing to train on.
+        OSError, ImportError: It cannot be read.
+    """
+    location, wanted = _locate(name)
+    url = location.url(INDEX)
+    class_names, shards = _read_index(url)
+    if wanted is not None:
+        missing = sorted(wanted - {shard.file for shard in shards})
+        if missing:
+            raise ValueError(f"{url}: does not list {missing[0]}; name shards that it has")
+        shards = [shard for shard in shards if shard.file in wanted or shard.split != "train"]
+    images = {
+        split: ShardImages(location, [shard for shard in shards if shard.split == split], len(class_names))
+        for split in SPLITS
+    }
+    train, val, val_source = images["train"], images["val"], "given"
+    if not len(train):
+        raise ValueError(f"{url}: lists no training images; write the shards again")
+    if not len(val):
+        train, val, val_source = split_off_val(train, val_fraction, seed, of="train")
+    return ImageData(
+        name=_short_name(location),
+        class_names=class_names,
+        train=train,
+        val=val,
+        test=images["test"] if len(images["test"]) else None,
+        val_source=val_source,
+    )
+
+
+def _locate(name: str) -> tuple[ShardLocation, set[str] | None]:
+    """Where the shards lie, and which of the training shards are meant; None for all."""
+    check_url(name)
+    wanted = None
+    if braces := _BRACES.search(name):
+        before, first, last, after = braces.groups()
+        numbers = range(int(first), int(last) + 1)
+        wanted = {f"{before}{number:0{len(first)}d}{after}" for number in numbers}
+        location = ShardLocation(name[: braces.start()], name[braces.end() :])
+    elif name.startswith("pipe:"):
+        before, placeholder, after = name.partition("{}")
+        if not placeholder:
+            raise ValueError(f"{name}: write {{}} where the name of a file belongs: first {INDEX}, then each shard")
+        location = ShardLocation(before, after)
+    else:
+        folder, _, file = name.rstrip("/").rpartition("/")
+        if file.endswith(".tar"):
+            wanted = {file}
+        location = ShardLocation(f"{folder or '.'}/" if file == INDEX or wanted else f"{name.rstrip('/')}/")
+    if not is_url(name):
+        location = ShardLocation(f"{Path(location.before).expanduser()}/", location.after)
+    return location, wanted
+
+
+def _short_name(location: ShardLocation) -> str:
+    """The last folder, of letters that suit a file name."""
+    before = location.before if is_url(location.before) else str(Path(location.before).resolve())
+    return (re.findall(r"[\w.-]+", re.sub(r":\d+", "", before)) or ["shards"])[-1]
+
+
+def _read_index(url: str) -> tuple[tuple[str, ...], list[Shard]]:
+    try:
+        content = fetch(url)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{url}: missing; shards need their list beside them, as sequencer2d prepare shards writes it"
+        ) from error
+    try:
+        index = json.loads(content)
+        if index["format"] != FORMAT:
+            raise ValueError(f"format {index['format']!r} is not {FORMAT}")
+        names = [field.name for field in fields(Shard)]
+        shards = [Shard(**{name: entry[name] for name in names}) for entry in index["shards"]]
+        class_names = tuple(map(str, index["class_names"]))
+        unknown = {label for shard in shards for label in shard.labels} - set(range(len(class_names)))
+        if unknown:
+            raise ValueError(f"label {unknown.pop()} is not one of the {len(class_names)} classes")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ShardError(f"{url}: not a list of shards ({reason}); write the shards again") from error
+    return class_names, shards
