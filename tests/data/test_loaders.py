@@ -258,7 +258,7 @@ def test_cached_images_are_read_once_and_stay_equal() -> None:
 
 @pytest.mark.parametrize(
     ("side", "max_bytes", "kept"),
-    [(8, 8 * 8 * 3 * 2, 2), (8, 8 * 8 * 3 * 2 - 1, 1), (8, 0, 0), (96, 2**31, 4), (97, 2**31, 0)],
+    [(8, 8 * 8 * 4 * 2, 2), (8, 8 * 8 * 4 * 2 - 1, 1), (8, 0, 0), (96, 2**31, 4), (97, 2**31, 0)],
 )
 def test_the_cache_keeps_small_images_up_to_its_size(side: int, max_bytes: int, kept: int) -> None:
     images = counting(4, side)

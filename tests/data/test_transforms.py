@@ -77,7 +77,7 @@ def test_crops_are_distributed_as_timms(size: tuple[int, int]) -> None:
     """Area, aspect ratio and place of the cut, by a Kolmogorov-Smirnov test that one in a thousand equal ones fails."""
     image = Image.new("RGB", size)
     transform = TrainTransform(augment(224), Preprocessing(image_size=32))
-    boxes = np.array([transform._box(*size, random) for random in uniforms(np.arange(4000), 23)])
+    boxes = transform.boxes(np.array([size] * 4000), uniforms(np.arange(4000), 23))
     random.seed(0)
     torch.manual_seed(0)
     params = [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
@@ -100,7 +100,7 @@ def test_large_photographs_are_decoded_smaller_without_loss_for_the_crop(photo: 
     for seed in range(40):
         reduced = open_image(tmp_path / "large.jpg", transform.reduction(seed))
         sizes.add(reduced.size)
-        left, upper, right, lower = transform._box(*reduced.size, uniforms(np.array([seed]), 23)[0])
+        left, upper, right, lower = transform.boxes(np.array([reduced.size]), uniforms(np.array([seed]), 23))[0]
         assert min(right - left, lower - upper) >= 99
         one, other = (transform([image], [seed])[0].astype(float) for image in (reduced, whole))
         differences.append(np.abs(one - other).mean())

@@ -80,8 +80,7 @@ class RandAugment:
         if max(images.shape[1:3]) <= SMALL_IMAGE_SIZE:  # else Pillow's own loops are faster
             tabled = np.flatnonzero(chosen & np.isin(names, list(_TABLES)))
             if len(tabled):
-                counts = _histograms(images[tabled])
-                tables = [_TABLES[names[i]](counts[k], *(arguments[i] or ())) for k, i in enumerate(tabled)]
+                tables = [_TABLES[names[i]](images[i], *(arguments[i] or ())) for i in tabled]
                 images[tabled] = _look_up(images[tabled], np.stack(tables))
             for kind, plainer in _BLENDS.items():
                 blended = np.flatnonzero(chosen & np.isin(names, [kind, f"{kind}Increasing"]))
@@ -92,7 +91,8 @@ class RandAugment:
             chosen[tabled] = False
         for i in np.flatnonzero(chosen):
             options = {"resample": self._resample(interpolate[i]), "fillcolor": self.fill}
-            images[i] = self.functions[names[i]](Image.fromarray(images[i]), *(arguments[i] or ()), **options)
+            image = Image.frombuffer("RGB", images.shape[2:0:-1], images[i], "raw", "RGB", 0, 1)
+            images[i] = self.functions[names[i]](image, *(arguments[i] or ()), **options)
 
     def _resample(self, random: float) -> Image.Resampling:
         if self.interpolation == "random":
@@ -121,24 +121,24 @@ _ARGUMENTS: dict[str, Callable[[float, float], tuple[Any, ...]]] = {
 """What timm's functions are called with at a level of 0 … 1, whose sign is drawn for those that go both ways."""
 
 
-# Operations that map levels to levels: from the image's histogram [3, 256] and the arguments to a table [3, 256].
+# Operations that map levels to levels: from the image [H, W, 3] and the arguments to a table [3, 256].
 
 _RAMP = np.arange(256)
 
 
-def _autocontrast(counts: np.ndarray) -> np.ndarray:
+def _autocontrast(image: np.ndarray) -> np.ndarray:
     tables = []
-    for channel in counts:
-        low, high = np.flatnonzero(channel)[[0, -1]]
+    for low, high in zip(image.min(axis=(0, 1)).astype(int), image.max(axis=(0, 1)).astype(int), strict=True):
         scale = 255.0 / (high - low) if high > low else 1.0
         offset = -low * scale if high > low else 0.0
         tables.append(np.clip((_RAMP * scale + offset).astype(np.int64), 0, 255))
     return np.stack(tables)
 
 
-def _equalize(counts: np.ndarray) -> np.ndarray:
+def _equalize(image: np.ndarray) -> np.ndarray:
+    cells = image.reshape(-1, 3) + np.arange(0, 768, 256)
     tables = []
-    for channel in counts:
+    for channel in np.bincount(cells.ravel(), minlength=768).reshape(3, 256):
         present = channel[channel > 0]
         step = (channel.sum() - present[-1]) // 255
         before = np.cumsum(channel) - channel
@@ -150,40 +150,35 @@ def _same(table: np.ndarray) -> np.ndarray:
     return np.broadcast_to(table, (3, 256))
 
 
-def _posterize(counts: np.ndarray, bits: int) -> np.ndarray:
+def _posterize(image: np.ndarray, bits: int) -> np.ndarray:
     return _same(_RAMP & ~(2 ** (8 - min(bits, 8)) - 1))
 
 
-def _solarize(counts: np.ndarray, threshold: int) -> np.ndarray:
+def _solarize(image: np.ndarray, threshold: int) -> np.ndarray:
     return _same(np.where(threshold > _RAMP, _RAMP, 255 - _RAMP))
 
 
-def _brighten(counts: np.ndarray, factor: float) -> np.ndarray:
+def _brighten(image: np.ndarray, factor: float) -> np.ndarray:
     return _same(np.clip(factor * _RAMP, 0, 255).astype(np.int64))
 
 
 _TABLES: dict[str, Callable[..., np.ndarray]] = {
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
-    "Invert": lambda counts: _same(255 - _RAMP),
+    "Invert": lambda image: _same(255 - _RAMP),
     "Posterize": _posterize,
     "PosterizeIncreasing": _posterize,
     "Solarize": _solarize,
     "SolarizeIncreasing": _solarize,
-    "SolarizeAdd": lambda counts, more: _same(np.where(_RAMP < 128, np.minimum(255, _RAMP + more), _RAMP)),
+    "SolarizeAdd": lambda image, more: _same(np.where(_RAMP < 128, np.minimum(255, _RAMP + more), _RAMP)),
     "Brightness": _brighten,
     "BrightnessIncreasing": _brighten,
 }
 
 
-def _histograms(images: Images) -> np.ndarray:
-    """How often each level occurs, `[B, 3, 256]`."""
-    cells = images.reshape(len(images), -1, 3) + 256 * (np.arange(3) + 3 * np.arange(len(images))[:, None, None])
-    return np.bincount(cells.ravel(), minlength=len(images) * 768).reshape(-1, 3, 256)
-
-
 def _look_up(images: Images, tables: np.ndarray) -> Images:
-    cells = images.reshape(len(images), -1, 3) + 256 * (np.arange(3) + 3 * np.arange(len(images))[:, None, None])
+    starts = 256 * np.arange(3 * len(images), dtype=np.intp).reshape(-1, 1, 3)
+    cells = images.reshape(len(images), -1, 3) + starts
     return tables.astype(np.uint8).ravel()[cells].reshape(images.shape)
 
 
