@@ -137,12 +137,12 @@ class TrainTransform:
         areas = sizes.prod(axis=1, keepdims=True) * (small + (large - small) * tries[:, :_TRIES])
         ratios = np.exp(math.log(narrow) + math.log(wide / narrow) * tries[:, _TRIES:])
         cuts = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=-1)))
-        fits = ((cuts > 0) & (cuts <= sizes[:, None])).all(axis=-1)
+        fits = np.all((cuts > 0) & (cuts <= sizes[:, None]), axis=-1)
         chosen = cuts[np.arange(len(sizes)), fits.argmax(axis=1)]
         starts = np.floor(randoms[:, :2] * (sizes - chosen + 1))
         ratio = np.clip(sizes[:, :1] / sizes[:, 1:], narrow, wide)
         centre = np.minimum(sizes, np.rint(sizes[:, ::-1] * np.concatenate([ratio, 1 / ratio], axis=1)))
-        some = fits.any(axis=1)[:, None]
+        some = np.any(fits, axis=1, keepdims=True)
         starts = np.where(some, starts, (sizes - centre) // 2)
         return np.concatenate([starts, starts + np.where(some, chosen, centre)], axis=1).astype(np.int64)
 
