@@ -55,7 +55,7 @@ def near_duplicates(thumbnails: UInt8[np.ndarray, "N 304"]) -> list[NearGroup]:
     """Groups of pictures whose thumbnails are alike within the limits above.
 
     Found are, of pictures with some contrast, nearly all copies that were encoded again, or slightly resized without
-    being cropped (of CIFAR-10: 99.8 % at JPEG quality 50, or at 0.9 times the size). Not found are mirrored, turned,
+    being cropped. Not found are mirrored, turned,
     cropped and recoloured ones. Pictures with the same thumbnail are near duplicates, too, so leave out all but one of
     those with the same pixels. Time grows about as `N`: 100,000 take seconds.
 
