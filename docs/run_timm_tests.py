@@ -25,8 +25,9 @@ def _ours(*arguments, **options):
 timm.list_models = _ours
 """
 SCRIPT = (
-    "TorchScript cannot read the shape annotations of our signatures (jaxtyping), and PyTorch has deprecated it; "
-    "`torch.jit.trace`, `torch.export` and fx work (tests/test_registry.py)"
+    "TorchScript cannot read the shape annotations of our signatures (jaxtyping), nor modules as arguments, and "
+    "PyTorch has deprecated it; `torch.jit.trace`, fx, and `torch.export` (any batch, one image size) work "
+    "(tests/test_registry.py)"
 )
 WHY = {
     "test_model_forward_torchscript": SCRIPT,

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from timm.models.sequencer import checkpoint_filter_fn
 from torch import nn
 
+import sequencer2d.registry  # noqa: F401 - so that timm knows our variants
 from sequencer2d.adapters import ModelFileError, fit, infer_config, load_weights, read_state_dict, to_official, to_ours
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.weights import load_model
@@ -94,6 +95,8 @@ def wrappings() -> dict[str, Any]:
         "official, averaged": lambda state: {"model": to_official(other(state)), "model_ema": to_official(state)},
         "data parallel": lambda state: {"state_dict": {f"module.{name}": t for name, t in state.items()}},
         "compiled": lambda state: {f"_orig_mod.{name}": t for name, t in state.items()},
+        "compiled data parallel": lambda state: {f"_orig_mod.module.{name}": t for name, t in state.items()},
+        "wrapped twice": lambda state: {"model": {"state_dict": state}},
         "Lightning": lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}, "epoch": 1},
         "Lightning, averaged": lambda state: {
             "state_dict": {f"model.{name}": t + 1 for name, t in state.items()}
@@ -156,8 +159,9 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(model: Sequencer2D,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot be read"),
-        (b"not a file of weights at all", "cannot be read"),
+        (b"", "is empty"),
+        (b"not a file of weights at all", "neither a whole safetensors file nor PyTorch's"),
+        (b"PK\x03\x04 not really", "cannot be read as weights"),
         ([torch.zeros(1)], "holds a list"),
         ({"fc.weight": torch.zeros(2, 2)}, r"no weights of a Sequencer, but fc\.weight"),
         ({}, "no weights of a Sequencer, but nothing"),
@@ -180,6 +184,41 @@ def test_a_head_for_other_classes_begins_anew(classes: int, note: list[str], mod
     state, notes = fit(state_of(model), Sequencer2D(replace(model.config, num_classes=classes)))
     assert notes == note
     assert ("head.fc.weight" in state) == (classes == 5)
+
+
+@pytest.mark.parametrize("missing", [("head.fc.weight", "head.fc.bias"), ("head.fc.bias",)])
+def test_a_classifier_that_is_not_there_is_said(missing: tuple[str, ...], model: Sequencer2D) -> None:
+    state = {name: tensor for name, tensor in state_of(model).items() if name not in missing}
+    for classes in (5, 7):
+        fitted, notes = fit(state, Sequencer2D(replace(model.config, num_classes=classes)))
+        assert notes == ["no classifier in the weights, begun anew"]
+        assert not any(name.startswith("head.") for name in fitted)
+
+
+def test_widths_that_no_round_ratio_makes_are_found(tiny_config: SequencerConfig) -> None:
+    for dim in range(7, 400):
+        for width in (dim + 6, 2 * dim - 1, 3 * dim):
+            state = {
+                "stages.0.blocks.0.norm1.weight": torch.empty(dim, device="meta"),
+                "stages.0.blocks.0.mlp_channels.fc1.weight": torch.empty(width, dim, device="meta"),
+                "stages.0.blocks.0.rnn_tokens.rnn_h.weight_hh_l0": torch.empty(8, 2, device="meta"),
+                "stem.proj.weight": torch.empty(dim, 3, 2, 2, device="meta"),
+            }
+            assert int(dim * infer_config(state).mlp_ratios[0]) == width
+
+
+def test_timm_resamples_a_position_embedding_through_us(tmp_path: Path) -> None:
+    small = {"layers": (1,), "embed_dims": (8,), "hidden_sizes": (4,), "patch_sizes": (4,), "mlp_ratios": (2.0,)}
+    donor = filled(create_model("v_sequencer_s_pe", pos_embed_size=(4, 4), **small))
+    save_file(state_of(donor), tmp_path / "weights.safetensors")
+    theirs: Any = timm.create_model(
+        "v_sequencer_s_pe",
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "weights.safetensors")},
+        pos_embed_size=(6, 5),
+        **small,
+    )
+    assert theirs.pos_embed.weight.shape == (1, 6, 5, 8)
 
 
 def test_without_classes_the_head_is_left_out(model: Sequencer2D) -> None:

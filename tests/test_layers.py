@@ -138,6 +138,22 @@ def test_precision_is_that_of_the_weights_or_of_autocast(name: str) -> None:
     assert (mixer.double()(x.double()) - exact).abs().max() < 1e-5
 
 
+def test_every_mixer_has_the_cell_of_its_name() -> None:
+    cells = {
+        name: {type(module) for module in make_mixer(name).modules() if isinstance(module, nn.RNNBase)}
+        for name in MIXERS
+    }
+    assert cells.pop("BiGRU2D") == {nn.GRU}
+    assert cells.pop("BiRNN2D") == {nn.RNN}
+    assert all(cell == {nn.LSTM} for cell in cells.values())
+
+
+def test_a_position_embedding_is_resampled_in_half_precision_too() -> None:
+    layer = PositionEmbedding((4, 4), 3).bfloat16()
+    nn.init.constant_(layer.weight, 2.0)
+    assert layer(torch.zeros(1, 6, 3, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", UNFUSED)
 def test_without_a_linear_layer_the_widths_must_agree(name: str) -> None:
     with pytest.raises(ValueError, match=r"put out (20|10) channels where the block has 8"):

@@ -58,6 +58,7 @@ def test_a_head_can_be_replaced_and_removed() -> None:
     assert pooled.shape == (2, 24)
     model.reset_classifier(3)
     assert model(IMAGE).shape == (2, 3)
+    assert not model(IMAGE).any(), "a new classifier is zero, as at first"
     assert model.get_classifier().weight.shape == (3, 24)
     assert model.num_classes == model.config.num_classes == 3
     model.reset_classifier(0)
@@ -151,6 +152,7 @@ def test_layers_are_ordered_for_layer_decay() -> None:
     values = [scales[id(names[name])] for name in path]
     assert values == sorted(values)
     assert values[0] < values[-1] == 1.0
+    assert scales[id(names["stages.1.downsample.down.weight"])] == values[2]
     coarse = model.group_matcher(coarse=True)
     assert set(timm.models.group_modules(model, coarse)) == set(range(6))
 

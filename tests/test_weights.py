@@ -159,6 +159,27 @@ def test_weights_without_our_description_are_described_by_their_shapes(model: Se
     assert card.class_names == ("0", "1", "2", "3", "4")
 
 
+def test_a_description_of_timms_beside_the_weights_counts(model: Sequencer2D, tmp_path: Path) -> None:
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    described = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "input_size": [3, 40, 40], "crop_pct": 0.8}
+    content = {"architecture": "x", "label_names": list(CLASSES), "pretrained_cfg": described}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    _, card = load_model(tmp_path)
+    assert card.class_names == CLASSES
+    expected = Preprocessing(image_size=40, crop_pct=0.8, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
+    assert card.preprocessing == expected
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelFileError, match=r"config\.json is no description of timm's"):
+        load_model(tmp_path)
+
+
+def test_a_card_of_another_architecture_is_not_saved(model: Sequencer2D, card: ModelCard, tmp_path: Path) -> None:
+    model.reset_classifier(3)
+    with pytest.raises(ValueError, match="another architecture"):
+        save_model(model, card, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 def test_published_weights_have_imagenets_classes_and_their_variants_preprocessing(tmp_path: Path) -> None:
     shallow = create_model("sequencer2d_s", layers=(1, 1, 1, 1))
     save_file(shallow.state_dict(), tmp_path / "model.safetensors")

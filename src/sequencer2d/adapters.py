@@ -11,6 +11,7 @@ Our parameter names are timm's. The official repository's differ (models/two_dim
 """
 
 import argparse
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -95,30 +96,33 @@ def to_official(state: State) -> State:
     return renamed
 
 
-def fit(state: State, model: Sequencer2D) -> tuple[State, list[str]]:
+def fit(state: State, model: Sequencer2D, *, same_classes: bool = True) -> tuple[State, list[str]]:
     """Weights fitted to a model that differs in classes, image channels or grid; and what was changed, in words.
 
     As timm does (timm/models/_builder.py, `load_pretrained`): a classifier for another number of classes is left out
     and begins anew, the first convolution is summed or repeated over the channels, a position embedding is resampled.
 
+    With `same_classes` off, the classifier begins anew in any case.
+
     Raises:
         ModelFileError: Another parameter is missing, surplus, or of another shape.
     """
     own, state, notes = model.state_dict(), dict(state), []
-    given = state.get("head.fc.weight")
-    if given is not None and len(given) != model.num_classes:
-        del state["head.fc.weight"], state["head.fc.bias"]
-        notes.append(f"classifier of {len(given)} classes " + ("begun anew" if model.num_classes else "left out"))
+    head = [state.pop(name, None) for name in ("head.fc.weight", "head.fc.bias")]
+    if head[0] is None or head[1] is None:
+        notes += ["no classifier in the weights, begun anew"] if model.num_classes else []
+    elif not same_classes:
+        notes.append(f"classifier of {len(head[0])} other classes begun anew")
+    elif len(head[0]) != model.num_classes:
+        notes.append(f"classifier of {len(head[0])} classes " + ("begun anew" if model.num_classes else "left out"))
+    else:
+        state |= {"head.fc.weight": head[0], "head.fc.bias": head[1]}
     first = "stem.steps.0.0.weight" if model.config.stem_widths else "stem.proj.weight"
     if first in state and state[first].shape[1] == 3 != model.in_chans:
         state[first] = adapt_input_conv(model.in_chans, state[first])
         notes.append(f"first convolution adapted from 3 to {model.in_chans} channels")
-    if "pos_embed.weight" in state and "pos_embed.weight" in own:
-        rows, columns = own["pos_embed.weight"].shape[1:3]
-        before = tuple(state["pos_embed.weight"].shape[1:3])
-        if before != (rows, columns):
-            state["pos_embed.weight"] = resample_grid(state["pos_embed.weight"], rows, columns)
-            notes.append(f"position embedding resampled from {before[0]}×{before[1]} to {rows}×{columns}")
+    if note := resample_positions(state, model):
+        notes.append(note)
     for name in state:
         if name not in own:
             raise ModelFileError(f"the weights have {name}, which the model lacks; give the same architecture")
@@ -130,6 +134,17 @@ def fit(state: State, model: Sequencer2D) -> tuple[State, list[str]]:
                 f"{name} is {list(state[name].shape)}, where {list(tensor.shape)} is needed; give the same architecture"
             )
     return state, notes
+
+
+def resample_positions(state: State, model: Sequencer2D) -> str | None:
+    """Brings a position embedding to the model's grid, in place, and says so; None if there was nothing to do."""
+    if "pos_embed.weight" not in state or not model.config.pos_embed_size:
+        return None
+    before, after = tuple(state["pos_embed.weight"].shape[1:3]), model.config.pos_embed_size
+    if before == after:
+        return None
+    state["pos_embed.weight"] = resample_grid(state["pos_embed.weight"], *after)
+    return f"position embedding resampled from {before[0]}×{before[1]} to {after[0]}×{after[1]}"
 
 
 def load_weights(model: Sequencer2D, path: str | Path) -> list[str]:
@@ -160,8 +175,10 @@ def infer_config(state: State) -> SequencerConfig:
         // gates
         for i in stages
     ]
+    widths = [len(state[f"stages.{i}.blocks.0.mlp_channels.fc1.weight"]) for i in stages]
     ratios = [
-        len(state[f"stages.{i}.blocks.0.mlp_channels.fc1.weight"]) / dim for i, dim in zip(stages, dims, strict=True)
+        ratio if int(dim * (ratio := width / dim)) == width else math.nextafter(ratio, math.inf)  # against rounding
+        for width, dim in zip(widths, dims, strict=True)
     ]
     steps = sorted(int(name.split(".")[2]) for name in state if re.fullmatch(r"stem\.steps\.\d+\.0\.weight", name))
     stem = tuple(len(state[f"stem.steps.{i}.0.weight"]) for i in steps)
@@ -204,29 +221,33 @@ def _infer_mixer(state: State) -> tuple[str, int]:
 
 
 def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+    with path.open("rb") as file:
+        start = file.read(2)
+    if not start:
+        raise ModelFileError(f"{path} is empty")
+    if start != b"PK" and start[:1] != b"\x80":
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ModelFileError(f"{path} is not a whole safetensors file ({error})") from error
+            raise ModelFileError(f"{path} is neither a whole safetensors file nor PyTorch's ({error})") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options that a checkpoint of timm's holds
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for files that are none of its own
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        why = "it holds objects that could run code" if "weights_only" in str(error).lower() else first_line
-        raise ModelFileError(f"{path} cannot be read as weights: {why}; give a .safetensors or a state dict") from error
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "Unsupported" in str(error) or "Weights only load failed" in str(error):
+            first_line = "it holds objects that could run code; save model.state_dict() instead"
+        raise ModelFileError(f"{path} cannot be read as weights: {first_line}") from error
 
 
 def _unwrap(checkpoint: Any, path: Path) -> State:
-    for key in _WRAPPERS:
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
+    while wrapped := [
+        key for key in _WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)
+    ]:
+        checkpoint = checkpoint[wrapped[0]]
     if not isinstance(checkpoint, dict):
         raise ModelFileError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
     state = {name: tensor for name, tensor in checkpoint.items() if isinstance(tensor, Tensor)}
-    for prefix in _PREFIXES:
-        if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    while prefixes := [prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in state)]:
+        state = {name.removeprefix(prefixes[0]): t for name, t in state.items() if name.startswith(prefixes[0])}
     return state

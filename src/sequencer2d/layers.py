@@ -247,8 +247,9 @@ def resample_grid(grid: Float[Tensor, "1 H W C"], height: int, width: int) -> Fl
     """A grid of vectors at another resolution (bicubic, as timm resamples position embeddings)."""
     if grid.shape[1:3] == (height, width):
         return grid
-    resized = F.interpolate(grid.permute(0, 3, 1, 2), (height, width), mode="bicubic", antialias=True)
-    return resized.permute(0, 2, 3, 1)
+    floats = grid.permute(0, 3, 1, 2).float()  # the CPU has no kernel for half precision
+    resized = F.interpolate(floats, (height, width), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1).to(grid.dtype)
 
 
 @register_notrace_function

@@ -11,7 +11,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
-from sequencer2d.adapters import to_ours
+from sequencer2d.adapters import resample_positions, to_ours
 from sequencer2d.model import Sequencer2D
 from sequencer2d.zoo import VARIANTS, get_config, timm_name
 
@@ -21,7 +21,9 @@ def _create(name: str, **arguments: Any) -> Sequencer2D:
 
 
 def _filter(state: dict[str, Tensor], model: Sequencer2D) -> dict[str, Tensor]:
-    return to_ours(state)
+    state = to_ours(state)
+    resample_positions(state, model)
+    return state
 
 
 def _entrypoint(name: str) -> Callable[..., Any]:

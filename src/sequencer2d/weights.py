@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,11 @@ def save_model(model: Sequencer2D, card: ModelCard, path: str | Path) -> None:
     """Writes weights and card to one file, atomically.
 
     Raises:
+        ValueError: The card describes another architecture than the model's.
         OSError: The folder is missing or read-only, or the disk is full; an older file of that name stays whole.
     """
+    if card.config != model.config:
+        raise ValueError("the card describes another architecture than the model has; give it config=model.config")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomic(Path(path), save(tensors, metadata=card.to_metadata()))
 
@@ -132,13 +136,37 @@ def _load_foreign(path: Path) -> tuple[Sequencer2D, ModelCard]:
         raise ModelFileError(f"{path} holds weights of no Sequencer that is known here: {first_line}") from error
     name, variant = _variant_of(config)
     log.info("%s holds weights of %s, with %d classes", path, name, config.num_classes)
-    card = ModelCard(
-        architecture=name,
-        config=config,
-        class_names=_class_names(config.num_classes),
-        preprocessing=Preprocessing(image_size=variant.image_size, crop_pct=variant.crop_pct),
-    )
+    preprocessing = Preprocessing(image_size=variant.image_size, crop_pct=variant.crop_pct)
+    class_names, preprocessing = _timms_description(path, _class_names(config.num_classes), preprocessing)
+    card = ModelCard(architecture=name, config=config, class_names=class_names, preprocessing=preprocessing)
     return model.eval(), card
+
+
+def _timms_description(
+    path: Path, class_names: tuple[str, ...], preprocessing: Preprocessing
+) -> tuple[tuple[str, ...], Preprocessing]:
+    """Class names and preprocessing as timm's `config.json` beside the weights has them (timm/models/_hub.py).
+
+    Raises:
+        ModelFileError: There is such a file, and it cannot be understood.
+    """
+    file = path.with_name("config.json")
+    if not file.is_file():
+        return class_names, preprocessing
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        given = described.get("pretrained_cfg", {})
+        names = described.get("label_names") or given.get("label_names") or class_names
+        return tuple(names) if len(names) == len(class_names) else class_names, replace(
+            preprocessing,
+            image_size=given.get("input_size", (3, 0, preprocessing.image_size))[-1],
+            crop_pct=given.get("crop_pct", preprocessing.crop_pct),
+            mean=tuple(given.get("mean", preprocessing.mean)),
+            std=tuple(given.get("std", preprocessing.std)),
+            interpolation=given.get("interpolation", preprocessing.interpolation),
+        )
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ModelFileError(f"{file} is no description of timm's ({error}); remove or correct it") from error
 
 
 def _variant_of(config: SequencerConfig) -> tuple[str, Variant]:
@@ -162,12 +190,12 @@ def find_model_file(source: str | Path) -> Path:
     """
     text = str(source)
     if text.startswith(PREFIX):
-        return download(text.removeprefix(PREFIX), "model.safetensors")
+        return _download(text.removeprefix(PREFIX))
     path = Path(source)
     if not path.exists() and text in VARIANTS and VARIANTS[text].hub_id:
-        return download(VARIANTS[text].hub_id, "model.safetensors")
+        return _download(VARIANTS[text].hub_id)
     if path.is_dir():
-        path = path / "model.safetensors"
+        path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path / "model.safetensors")
         if not path.is_file():
             raise FileNotFoundError(
                 f"{source} holds no model.safetensors; a run writes it when its training ends "
@@ -183,6 +211,17 @@ def find_model_file(source: str | Path) -> Path:
     return path
 
 
+_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+"""Weights in a folder: ours and timm's, and timm's where it was told to write no safetensors."""
+
+
+def _download(repo_id: str) -> Path:
+    """The weights of a hub repository, and beside them its description, if it has one."""
+    with suppress(FileNotFoundError):
+        download(repo_id, "config.json")
+    return download(repo_id, "model.safetensors")
+
+
 def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple[str, ...]) -> list[str]:
     """Copies the weights of a model to start a training from; returns what had to be changed, in words.
 
@@ -192,18 +231,14 @@ def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple
         FileNotFoundError, ModelFileError: As `load_model`, or a parameter other than the classifier's does not fit.
     """
     donor, card = load_model(source)
-    state = donor.state_dict()
-    same = card.class_names == class_names
-    if not same:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     try:
-        state, notes = fit(state, model)
+        state, notes = fit(donor.state_dict(), model, same_classes=card.class_names == class_names)
     except ModelFileError as error:
         raise ModelFileError(
             f"{source} is a {card.architecture}: {error}: train the same --model and --model-args"
         ) from error
     model.load_state_dict(state, strict=False)
-    return notes if same else [*notes, f"classifier of {len(card.class_names)} other classes begun anew"]
+    return notes
 
 
 def from_pretrained(repo_id: str) -> tuple[Sequencer2D, ModelCard]:
@@ -236,22 +271,23 @@ def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False) -> s
 
 def _timm_config(card: ModelCard) -> dict[str, Any]:
     """As timm writes it (timm/models/_hub.py, `save_config_for_hf`)."""
-    variant = VARIANTS[card.architecture]
+    name, variant = _variant_of(card.config)
+    own = replace(variant, config=card.config, image_size=card.preprocessing.image_size)
     changed = {
-        name: value
-        for name, value in asdict(card.config).items()
-        if value != getattr(variant.config, name) and name != "num_classes"
+        field_name: value
+        for field_name, value in asdict(card.config).items()
+        if value != getattr(variant.config, field_name) and field_name != "num_classes"
     }
     preprocessing = asdict(card.preprocessing)
     size = preprocessing.pop("image_size")
     return {
-        "architecture": timm_name(card.architecture),
+        "architecture": timm_name(name),
         "num_classes": card.config.num_classes,
         "num_features": card.config.embed_dims[-1],
         "model_args": changed,
         "label_names": card.class_names,
         "pretrained_cfg": {
-            **variant.default_cfg(),
+            **own.default_cfg(),
             **preprocessing,
             "hf_hub_id": None,
             "num_classes": card.config.num_classes,

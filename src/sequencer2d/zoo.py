@@ -247,6 +247,7 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
     model.default_cfg = model.pretrained_cfg = variant.default_cfg()
     if pretrained:
         path = download(variant.hub_id, "model.safetensors") if pretrained is True else Path(pretrained)
+        path = path / "model.safetensors" if path.is_dir() else path
         notes = load_weights(model, path)
         log.info("weights of %s from %s%s", name, path, "".join(f"; {note}" for note in notes))
     return model
