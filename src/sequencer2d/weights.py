@@ -135,7 +135,9 @@ def _load_foreign(path: Path) -> tuple[Sequencer2D, ModelCard]:
         first_line = str(error).splitlines()[0]
         raise ModelFileError(f"{path} holds weights of no Sequencer that is known here: {first_line}") from error
     name, variant = _variant_of(config)
-    log.info("%s holds weights of %s, with %d classes", path, name, config.num_classes)
+    known = config == replace(variant.config, num_classes=config.num_classes, in_chans=config.in_chans)
+    what = name if known else "an architecture without a name"
+    log.info("%s holds weights of %s, with %d classes", path, what, config.num_classes)
     preprocessing = Preprocessing(image_size=variant.image_size, crop_pct=variant.crop_pct)
     class_names, preprocessing = _timms_description(path, _class_names(config.num_classes), preprocessing)
     card = ModelCard(architecture=name, config=config, class_names=class_names, preprocessing=preprocessing)
@@ -323,7 +325,7 @@ tags: [image-classification, sequencer2d, timm, lstm]
 # {repo_id}
 
 An image classifier whose tokens are mixed by LSTMs instead of attention: *Sequencer: Deep LSTM for Image
-Classification* (Tatsunami and Taki, NeurIPS 2022), trained with `sequencer2d`.
+Classification* (Tatsunami and Taki, NeurIPS 2022).
 
 | | |
 | --- | --- |
