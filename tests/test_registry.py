@@ -110,6 +110,11 @@ def test_intermediates(output_fmt: str) -> None:
     assert torch.equal(last, final)
     early, maps = model.forward_intermediates(IMAGE, indices=[0, 1], stop_early=True, output_fmt="NHWC")
     assert torch.equal(early, maps[-1])
+    expected = model.forward_intermediates(IMAGE, indices=[1], norm=True, intermediates_only=True)
+    model.prune_intermediate_layers([1])
+    pruned, maps = model.forward_intermediates(IMAGE, indices=[1], norm=True)
+    assert torch.equal(maps[0], expected[0])
+    assert torch.equal(pruned.permute(0, 3, 1, 2), expected[0])
     with pytest.raises(ValueError, match="output_fmt='NLC'"):
         model.forward_intermediates(IMAGE, output_fmt="NLC")
 

@@ -254,16 +254,17 @@ class Sequencer2D(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r} must be NCHW or NHWC")
         take, last = _take(len(self.stages), indices)
         stages = list(self.stages)[: last + 1 if stop_early else None]
+        whole = len(self.config.layers)  # some may have been cut off
         maps = []
         x = self.shuffle(self.pos_embed(self.stem(x)))
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take:
-                y = self.norm(x) if norm and i == len(self.stages) - 1 else x
+                y = self.norm(x) if norm and i == whole - 1 else x
                 maps.append(y.permute(0, 3, 1, 2) if output_fmt == "NCHW" else y)
         if intermediates_only:
             return maps
-        return self.norm(x) if len(stages) == len(self.stages) else x, maps
+        return self.norm(x) if len(stages) == whole else x, maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
