@@ -123,7 +123,7 @@ def main(folders: list[str]) -> None:
         best = max(value for name, value in found.items() if name != "ours")
         rows[side] = {**found, "ratio": found["ours"] / best}
         print(side, rows[side])
-    environment = describe_machine()
+    environment = {**describe_machine(), "command": "python docs/make_loading.py CIFAR10 TINY_IMAGENET PHOTOGRAPHS"}
     (DOCS / "loading.json").write_text(json.dumps({"rows": rows, "environment": environment}, indent=1) + "\n")
     lines = [
         "# Loading",

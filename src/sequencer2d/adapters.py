@@ -220,12 +220,17 @@ def _infer_mixer(state: State) -> tuple[str, int]:
     return ("AddBiLSTM2D" if tokens["fc.weight"].shape[1] == 2 * hidden else "BiLSTM2D"), gates
 
 
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that begins with these two bytes is PyTorch's, as a zip or in the older form."""
+    return start == b"PK" or start[:1] == b"\x80"
+
+
 def _read(path: Path) -> Any:
     with path.open("rb") as file:
         start = file.read(2)
     if not start:
         raise ModelFileError(f"{path} is empty")
-    if start != b"PK" and start[:1] != b"\x80":
+    if not is_pickle(start):
         try:
             return load_file(path)
         except SafetensorError as error:

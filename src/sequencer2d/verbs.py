@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import Progress
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -310,14 +309,8 @@ def _prepare_shards(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     root = Path(options.root).expanduser()
     data = load_data(options.source, root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("shards")
-        shards = write_shards(
-            data,
-            root,
-            images_per_shard=options.images_per_shard,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with _progress_bar("images") as advance:
+        shards = write_shards(data, root, images_per_shard=options.images_per_shard, progress=advance)
     for split in dict.fromkeys(shard.split for shard in shards):
         chosen = [shard for shard in shards if shard.split == split]
         images, size = sum(shard.num_images for shard in chosen), sum(shard.size for shard in chosen)

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.data import ImageNetInfo
 
-from sequencer2d.adapters import ModelFileError, fit, infer_config, read_state_dict
+from sequencer2d.adapters import ModelFileError, fit, infer_config, is_pickle, read_state_dict
 from sequencer2d.files import write_atomic
 from sequencer2d.hub import PREFIX, download, upload
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.zoo import VARIANTS, Variant, timm_name
+from sequencer2d.zoo import VARIANTS, timm_name
 
 FORMAT = "sequencer2d/1"
 
@@ -115,7 +115,7 @@ def _metadata(path: Path) -> dict[str, str] | None:
         start = file.read(2)
     if not start:
         raise ModelFileError(f"{path} is not a whole safetensors file: it is empty")
-    if path.suffix != ".safetensors" and (start == b"PK" or start[:1] == b"\x80"):
+    if path.suffix != ".safetensors" and is_pickle(start):
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -134,10 +134,12 @@ def _load_foreign(path: Path) -> tuple[Sequencer2D, ModelCard]:
     except (KeyError, ValueError, RuntimeError, StopIteration) as error:
         first_line = str(error).splitlines()[0]
         raise ModelFileError(f"{path} holds weights of no Sequencer that is known here: {first_line}") from error
-    name, variant = _variant_of(config)
-    known = config == replace(variant.config, num_classes=config.num_classes, in_chans=config.in_chans)
-    what = name if known else "an architecture without a name"
-    log.info("%s holds weights of %s, with %d classes", path, what, config.num_classes)
+    found = _variant_name(config)
+    log.info(
+        "%s holds weights of %s, with %d classes", path, found or "an architecture without a name", config.num_classes
+    )
+    name = found or _BASE
+    variant = VARIANTS[name]
     preprocessing = Preprocessing(image_size=variant.image_size, crop_pct=variant.crop_pct)
     class_names, preprocessing = _timms_description(path, _class_names(config.num_classes), preprocessing)
     card = ModelCard(architecture=name, config=config, class_names=class_names, preprocessing=preprocessing)
@@ -171,12 +173,16 @@ def _timms_description(
         raise ModelFileError(f"{file} is no description of timm's ({error}); remove or correct it") from error
 
 
-def _variant_of(config: SequencerConfig) -> tuple[str, Variant]:
-    """The first variant of an architecture, whatever its classes and channels; S and its image size for others."""
+_BASE = "sequencer2d_s"
+"""The variant that an architecture without a name counts as a change of."""
+
+
+def _variant_name(config: SequencerConfig) -> str | None:
+    """The first variant of an architecture, whatever its classes and channels."""
     for name, variant in VARIANTS.items():
         if config == replace(variant.config, num_classes=config.num_classes, in_chans=config.in_chans):
-            return name, variant
-    return "sequencer2d_s", VARIANTS["sequencer2d_s"]
+            return name
+    return None
 
 
 def _class_names(count: int) -> tuple[str, ...]:
@@ -273,15 +279,16 @@ def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False) -> s
 
 def _timm_config(card: ModelCard) -> dict[str, Any]:
     """As timm writes it (timm/models/_hub.py, `save_config_for_hf`)."""
-    name, variant = _variant_of(card.config)
-    own = replace(variant, config=card.config, image_size=card.preprocessing.image_size)
+    name = _variant_name(card.config) or _BASE
+    variant = VARIANTS[name]
+    own = replace(variant, config=card.config, image_size=card.preprocessing.image_size, hub_id="")
     changed = {
         field_name: value
         for field_name, value in asdict(card.config).items()
         if value != getattr(variant.config, field_name) and field_name != "num_classes"
     }
     preprocessing = asdict(card.preprocessing)
-    size = preprocessing.pop("image_size")
+    del preprocessing["image_size"]  # it is in the input size
     return {
         "architecture": timm_name(name),
         "num_classes": card.config.num_classes,
@@ -291,9 +298,6 @@ def _timm_config(card: ModelCard) -> dict[str, Any]:
         "pretrained_cfg": {
             **own.default_cfg(),
             **preprocessing,
-            "hf_hub_id": None,
-            "num_classes": card.config.num_classes,
-            "input_size": (card.config.in_chans, size, size),
         },
     }
 
@@ -309,11 +313,7 @@ def model_card(card: ModelCard, repo_id: str) -> str:
         ),
         ("image size", f"{card.preprocessing.image_size}²"),
         ("trained on", training.get("data", "not said")),
-        *(
-            (name.replace("_", " "), f"{training[name]:.2%}")
-            for name in ("val_top1", "test_top1")
-            if training.get(name)
-        ),
+        *([("validation accuracy", f"{training['val_top1']:.2%}")] if training.get("val_top1") else []),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---

@@ -12,19 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from batches import PREPROCESSING, assert_same, epoch, random_transform
 from sequencer2d.data.images import ImageError, Reduction
 from sequencer2d.data.loaders import Batch, CachedImages, ShuffledBatches, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, FileImages, ImageSet
-from sequencer2d.data.transforms import EvalTransform, TrainTransform
-from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.training.config import AugmentConfig, TrainConfig, resolve
+from sequencer2d.data.transforms import EvalTransform
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a machine of one core
     pytest.mark.filterwarnings("ignore:.* use of fork:DeprecationWarning"),  # Python 3.12 and 3.13, beside threads
 ]
-
-PREPROCESSING = Preprocessing(image_size=8)
 
 
 def numbered(count: int) -> ArrayImages:
@@ -51,31 +48,12 @@ class Damaged(ImageSet):
         raise NotImplementedError
 
 
-def random_transform() -> TrainTransform:
-    augment = AugmentConfig(crop="padded", auto_augment="rand-m9-mstd0.5-inc1")
-    config = resolve(TrainConfig(augment=augment), model="any", image_size=8, crop_pct=1.0)
-    return TrainTransform(config.augment, PREPROCESSING)
-
-
 def train_loader(images: ImageSet, *, batch_size: int = 4, seed: int = 0, num_workers: int = 0) -> TrainLoader:
     return TrainLoader(images, random_transform(), batch_size=batch_size, seed=seed, num_workers=num_workers)
 
 
-def epoch(loader: TrainLoader, number: int = 0) -> list[Batch]:
-    loader.batches.set_epoch(number)
-    return list(loader)
-
-
 def labels(batches: Sequence[Batch]) -> list[int]:
     return torch.cat([batch.labels for batch in batches]).tolist()
-
-
-def assert_same(some: Sequence[Batch], others: Sequence[Batch]) -> None:
-    assert len(some) == len(others)
-    for one, other in zip(some, others, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
-        assert one.skipped == other.skipped
 
 
 @settings(deadline=None)

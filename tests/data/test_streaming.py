@@ -20,18 +20,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batches import PREPROCESSING, assert_same, epoch, random_transform
 from flaky import FlakyServer, flaky_server
 from sequencer2d.data import fetch, loaders
-from sequencer2d.data.augment import AugmentConfig
 from sequencer2d.data.catalog import load_data
 from sequencer2d.data.fetch import Patience, ShardError
 from sequencer2d.data.loaders import Batch, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, ImageData
 from sequencer2d.data.shards import Shard, ShardImages, ShardLocation, load_shards, write_shards
 from sequencer2d.data.streaming import SHARDS_AHEAD, shuffled, stream
-from sequencer2d.data.transforms import EvalTransform, TrainTransform
-from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.training.config import TrainConfig, resolve
+from sequencer2d.data.transforms import EvalTransform
+from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask
 
@@ -40,7 +39,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.* use of fork:DeprecationWarning"),  # Python 3.12 and 3.13, beside threads
 ]
 
-PREPROCESSING = Preprocessing(image_size=8)
 NUM_TRAIN = 23
 
 
@@ -88,28 +86,11 @@ def train_images(name: str | Path) -> ShardImages:
 def loader(
     images: ShardImages, *, batch_size: int = 4, seed: int = 0, num_workers: int = 0, **ranks: int
 ) -> TrainLoader:
-    augment = AugmentConfig(crop="padded", auto_augment="rand-m9-mstd0.5-inc1")
-    config = resolve(TrainConfig(augment=augment), model="any", image_size=8, crop_pct=1.0)
-    transform = TrainTransform(config.augment, PREPROCESSING)
-    return TrainLoader(images, transform, batch_size=batch_size, seed=seed, num_workers=num_workers, **ranks)
-
-
-def epoch(loader: TrainLoader, number: int = 0) -> list[Batch]:
-    loader.batches.set_epoch(number)
-    return list(loader)
+    return TrainLoader(images, random_transform(), batch_size=batch_size, seed=seed, num_workers=num_workers, **ranks)
 
 
 def indices(batches: Sequence[Batch]) -> list[int]:
     return torch.cat([batch.indices for batch in batches]).tolist()
-
-
-def assert_same(some: Sequence[Batch], others: Sequence[Batch]) -> None:
-    assert len(some) == len(others)
-    for one, other in zip(some, others, strict=True):
-        assert torch.equal(one.images, other.images)
-        assert torch.equal(one.labels, other.labels)
-        assert torch.equal(one.indices, other.indices)
-        assert one.skipped == other.skipped
 
 
 def imagined(sizes: Sequence[int]) -> ShardImages:

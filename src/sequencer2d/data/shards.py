@@ -32,6 +32,7 @@ from PIL import Image
 from sequencer2d.data.fetch import ShardError, check_url, fetch, is_url
 from sequencer2d.data.images import IMAGE_EXTENSIONS, Reduction, open_image
 from sequencer2d.data.sets import FileImages, ImageData, ImageSet, split_off_val
+from sequencer2d.files import write_atomic
 
 FORMAT = "sequencer2d-shards/1"
 INDEX = "shards.json"
@@ -122,12 +123,12 @@ def write_shards(
                 content = _tar(images, chosen, start)
                 file = f"{split}-{number:06d}.tar"
                 shards.append(_describe(content, file, split, start, len(data.class_names)))
-                _write_synced(scratch / file, content)
+                write_atomic(scratch / file, content)
                 done += len(chosen)
                 if progress:
                     progress(done, total)
         index = {"format": FORMAT, "class_names": data.class_names, "shards": [asdict(shard) for shard in shards]}
-        _write_synced(scratch / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode())
+        write_atomic(scratch / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False))
         os.rename(scratch, root.resolve())
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -175,17 +176,6 @@ def _encoded(images: ImageSet, index: int) -> tuple[bytes, str]:
     buffer = BytesIO()
     images.image(index).save(buffer, "PNG")
     return buffer.getvalue(), ".png"
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it could not take
-        raise
 
 
 def _find_images(content: bytes, file: str, first_key: int, num_classes: int) -> tuple[list[int], list[int], list[int]]:
