@@ -29,6 +29,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_atomic` left in a folder when its process was killed. No other may be writing there."""
+    for path in folder.glob(".*.????????"):
+        if path.is_file():
+            path.unlink()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

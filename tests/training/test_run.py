@@ -21,10 +21,12 @@ from sequencer2d import files
 from sequencer2d.data.check import check_folder
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
+from sequencer2d.training.checkpoints import newest_checkpoint
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
 from sequencer2d.training.muon import Muon
+from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.run import train
-from sequencer2d.training.task import SequencerTask, TrainingError
+from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import ModelFileError, load_model
 
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
@@ -73,6 +75,12 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics of a run but for those that a clock makes."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in ("elapsed_s", "images_per_s")} for line in lines]
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    path = newest_checkpoint(run_dir / "checkpoints")
+    assert path
+    return path
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
@@ -175,8 +183,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(
     weights, expected = (load_file(run.run_dir / "model.safetensors") for run in (continued, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     last, expected_last = (
-        torch.load(run.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for run in (continued, whole)
+        torch.load(last_checkpoint(run.run_dir), weights_only=True)["state_dict"] for run in (continued, whole)
     )
     assert all(torch.equal(last[name], expected_last[name]) for name in expected_last)
 
@@ -190,7 +197,7 @@ def test_resume_takes_a_folder_or_a_checkpoint_and_the_run_s_own_config(
     with monkeypatch.context() as patch:
         stop_at(patch, 1)
         assert not train(TrainConfig(resume=str(run_dir))).finished
-    assert train(TrainConfig(resume=str(run_dir / "checkpoints" / "last.ckpt"))).finished
+    assert train(TrainConfig(resume=str(last_checkpoint(run_dir)))).finished
 
 
 def test_names_are_found_and_stopped_runs_are_found_again(
@@ -354,7 +361,7 @@ def test_fine_tuning_begins_a_new_head_for_other_classes(config: TrainConfig, tm
 
 def test_a_loss_that_is_no_number_stops_with_advice(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sequencer2D, "forward_head", lambda self, x, pre_logits=False: self.head(x) * float("nan"))
-    with pytest.raises(TrainingError, match=r"loss became nan at update 0; lower --optim\.learning-rate"):
+    with pytest.raises(TrainingError, match=r"out of range at update 0: loss nan.*lower --optim\.learning-rate"):
         train(config)
 
 
@@ -415,18 +422,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_model_whole(
     counter = itertools.count()
 
     def fsync(handle: int) -> None:
-        if next(counter) > 5:  # config, split and environment, then model and checkpoint of an epoch or more
+        if next(counter) > 6:  # config, split and environment, then model and checkpoint of an epoch or more
             raise OSError(errno.ENOSPC, "No space left on device")
         original(handle)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"No space left .*(model\.safetensors|last\.ckpt)"):
+    with pytest.raises(TrainingError, match=r"disk is full .*No space left .*(model\.safetensors|step-.*ckpt).*--resume"):
         train(config)
     monkeypatch.undo()
     run_dir = Path(config.run_dir or "")
     load_model(run_dir)
-    torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    assert not [path for path in run_dir.rglob(".*") if path.is_file()]
+    torch.load(last_checkpoint(run_dir), weights_only=True)
+    assert [path.name for path in run_dir.rglob(".*") if path.is_file()] == [".lock"]
     assert train(config).finished
 
 

@@ -1,5 +1,9 @@
 """Mixup, CutMix, label smoothing and random erasing: what training does to whole batches, on the device."""
 
+import random
+
+import numpy as np
+import torch
 from jaxtyping import Float, Int64
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
@@ -14,7 +18,7 @@ class BatchMixing:
     def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
         self.num_classes = num_classes
         self.label_smoothing = augment.label_smoothing
-        self.erase = RandomErasing(augment.random_erasing or 0.0, mode="pixel", device="cpu")
+        self.random_erasing = RandomErasing(augment.random_erasing or 0.0, mode="pixel", device="cpu")
         self.mixup = None
         if augment.mixup_alpha or augment.cutmix_alpha:
             self.mixup = Mixup(
@@ -25,16 +29,23 @@ class BatchMixing:
                 num_classes=num_classes,
             )
 
+    def erase(self, images: Float[Tensor, "B C H W"], seeds: list[tuple[int, ...]]) -> Float[Tensor, "B C H W"]:
+        """Erases in place, by a seed for every image, to which the global generators are set."""
+        if self.random_erasing.probability:
+            self.random_erasing.device = str(images.device)
+            for image, seed in zip(images, seeds, strict=True):
+                seed_generators(*seed)
+                self.random_erasing(image)
+        return images
+
     def __call__(
         self, images: Float[Tensor, "B C H W"], labels: Int64[Tensor, "B"]
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
         """Mixed images and their soft targets, each row of which sums to 1. `images` may be changed in place.
 
-        timm mixes pairs, so the last image of an odd batch stays itself.
+        timm mixes pairs, so the last image of an odd batch stays itself. What is drawn does not depend on the size of
+        the batch, so that shares of one are mixed alike.
         """
-        if self.erase.probability:
-            self.erase.device = str(images.device)
-            images = self.erase(images)
         if self.mixup is None:
             return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
         even = len(images) - len(images) % 2
@@ -44,3 +55,11 @@ class BatchMixing:
         if even:
             _, targets[:even] = self.mixup(images[:even], labels[:even])
         return images, targets
+
+
+def seed_generators(*seed: int) -> None:
+    """Seeds the three global generators that augmentation draws from by some numbers ≥ 0, and no device's."""
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.default_generator.manual_seed(state)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int, Int64, UInt8
 from PIL import Image
 
-from sequencer2d.data.images import Reduction, open_image
+from sequencer2d.data.images import ImageError, Reduction, open_image
 from sequencer2d.data.splits import stratified_split
 
 
@@ -69,7 +69,12 @@ class FileImages(ImageSet):
         self.labels = labels.astype(np.int64)
 
     def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
-        return open_image(self.root / self.files[index], reduction)
+        try:
+            return open_image(self.root / self.files[index], reduction)
+        except ImageError:
+            if not self.root.is_dir():
+                raise FileNotFoundError(f"{self.root}, the folder of the images, is gone") from None
+            raise
 
     def name(self, index: int) -> str:
         return self.files[index]

@@ -79,28 +79,40 @@ class TrainConfig:
     max_minutes: float | None = None
     """Wall-clock budget, validation included; the schedule anneals over it if the epochs would take longer."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, of all processes together."""
     accumulate: int = 1
     """Steps per update of the weights."""
     augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 - frozen
     optim: OptimConfig = OptimConfig()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: each has the whole model, or (fsdp) a part of its weights."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third of the memory, slower."""
+    deterministic: bool = False
+    """Refuse operations that give other digits when repeated; on a CPU there are none."""
+    skip_nonfinite: int = 0
+    """Updates of a run that may be skipped because their loss or gradient is no number; one more ends the run."""
     backend: Literal["auto", "torch"] = "auto"
     """Implementation of the LSTMs; there is one so far."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
     num_workers: int | None = None
-    """Processes that decode and augment. Default: by the size of the images and the number of cores."""
+    """Processes that decode and augment, per machine. Default: by the size of the images and the number of cores."""
     run_dir: str | None = None
     """Folder of the run. Default: runs/<data>-<model>, with a number where that exists."""
     resume: str = "auto"
     """auto: continue the run in --run-dir if it was stopped; never: refuse a folder that is in use; or a checkpoint."""
+    checkpoint_minutes: float = 10.0
+    """A checkpoint to go on from is written after every validation and so often in between."""
+    keep_checkpoints: int = 2
+    """How many of them are kept."""
     log_every: int = 10
     """Updates between two rows of metrics."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.image_size is not None and self.image_size < 1:
@@ -111,6 +123,10 @@ class TrainConfig:
             raise ValueError(f"crop_pct={self.crop_pct} must lie in (0, 1]")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must lie in (0, 1)")
+        if self.skip_nonfinite < 0:
+            raise ValueError(f"skip_nonfinite={self.skip_nonfinite} must be at least 0")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes} must be a finite number ≥ 0")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0")
         if not 0 <= self.seed < 2**32:
