@@ -66,10 +66,14 @@ def train(arguments: list[str]) -> int:
     from sequencer2d.training.config import TrainConfig
 
     config = TrainConfig(**parser.instantiate(options).as_dict())
+    from sequencer2d.training.ranks import is_first_process
     from sequencer2d.training.run import train as run_training
 
-    _log_to_screen()
+    first = is_first_process()
+    _log_to_screen(logging.INFO if first else logging.CRITICAL)
     result = run_training(config)
+    if not first:
+        return DONE if result.finished else STOPPED
     if not result.finished:
         again = f"sequencer2d train --resume {result.run_dir}"
         print(f"stopped after {result.updates:,} updates; continue with: {again}", file=sys.stderr)
@@ -358,11 +362,11 @@ def _percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{fraction:.2%}"
 
 
-def _log_to_screen() -> None:
+def _log_to_screen(level: int = logging.INFO) -> None:
     """Our own messages, without time and level, on standard error; Lightning's only from warnings on."""
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
     logger = logging.getLogger("sequencer2d")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from jobs import make_images, rows
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,22 +29,6 @@ from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import ModelFileError, load_model
-
-COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
-
-
-def make_images(root: Path, colours: dict[str, tuple[int, int, int]] = COLOURS, count: int = 12) -> Path:
-    """Noisy one-coloured squares of 16 pixels, a class folder per colour."""
-    generator = np.random.RandomState(0)
-    for name, colour in colours.items():
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            noise = generator.randint(-40, 40, (16, 16, 3))
-            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
-                root / name / f"{number:02d}.png"
-            )
-    return root
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
@@ -69,12 +54,6 @@ def config(tmp_path: Path) -> TrainConfig:
         run_dir=str(tmp_path / "run"),
         log_every=1,
     )
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of a run but for those that a clock makes."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("elapsed_s", "images_per_s")} for line in lines]
 
 
 def last_checkpoint(run_dir: Path) -> Path:

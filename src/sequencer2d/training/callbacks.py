@@ -120,10 +120,10 @@ class Checkpoints(pl.Callback):
         if not pl_module.ends_update(batch_idx):  # gradients are in no checkpoint
             return
         due = time.monotonic() - self.last_save >= 60 * self.minutes
-        stop, due = self.ranks.highest(self.requested, due)
-        if stop or due:
+        wish = self.ranks.highest(2 if self.requested else 1 if due else 0)
+        if wish:
             self.save(trainer)
-        self.stopping = bool(stop)
+        self.stopping = wish == 2
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.stopping:  # only now are the metrics of the last step written

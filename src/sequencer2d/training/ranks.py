@@ -1,5 +1,6 @@
 """The processes that train together: started by `torchrun` or Slurm, one for each GPU or share of a CPU's cores."""
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,13 +59,13 @@ class Ranks:
         self.of_first(lambda: results.append(function()))
         return results[0] if results else function()
 
-    def highest(self, *values: int) -> list[int]:
-        """The highest of each value over the ranks."""
+    def highest(self, value: float) -> float:
+        """The highest value over the ranks."""
         if self.world_size == 1:
-            return list(values)
-        together = torch.tensor(values)
+            return value
+        together = torch.tensor(value, dtype=torch.float64)
         distributed.all_reduce(together, distributed.ReduceOp.MAX)
-        return together.tolist()
+        return together.item()
 
     def total(self, value: int) -> int:
         """The sum over the ranks."""
@@ -103,14 +104,26 @@ def join_ranks() -> Ranks:
             "start the same number on each"
         )
     if not distributed.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", environment.main_address)
+        os.environ.setdefault("MASTER_ADDR", environment.main_address)  # read by torch
         os.environ.setdefault("MASTER_PORT", str(environment.main_port))
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(ranks.local_rank)
             backend = "cpu:gloo,cuda:nccl"
-        distributed.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE)
+        store = _store(ranks)
+        distributed.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE
+        )
+        atexit.register(distributed.destroy_process_group)
     return ranks
+
+
+def _store(ranks: Ranks) -> distributed.Store:
+    """Where the ranks meet. `torchrun` keeps it when it starts them again, with the addresses of those that died."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = distributed.TCPStore(host, port, ranks.world_size, ranks.is_first and not served, timeout=PATIENCE)
+    return distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def _launcher() -> ClusterEnvironment | None:

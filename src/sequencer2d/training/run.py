@@ -386,7 +386,7 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path | None)
             logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard")],
             plugins=[folder, *([ranks.environment] if ranks.environment else [])],
             callbacks=[
-                TrainingProgress(),
+                *([TrainingProgress()] if ranks.is_first else []),
                 Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
             ],
         )
@@ -418,6 +418,8 @@ def _ignore_lightning_advice() -> None:
         "The '.*_dataloader' does not have many workers",
         "Found .* module\\(s\\) in eval mode",  # the averaged weights
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "`broadcast_buffers` is deprecated",  # what replaces it is in the newest torch only
+        "It is recommended to use `self.log\\(.*sync_dist=True",  # of clocks, which the first rank tells
         "The ``compute`` method of metric .* was called before",  # no validation image could be read
     ):
         warnings.filterwarnings("ignore", message)

@@ -182,8 +182,10 @@ class SequencerTask(pl.LightningModule):
         return F.cross_entropy(self.model(images).float(), targets)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        progress = self.clock.progress(self.global_step)
-        rate = learning_rate(progress * self.total_epochs, self.config.epochs, self.config.optim)
+        self.progress = self.clock.progress(self.global_step)
+        if self.config.max_minutes is not None:  # each rank has a clock of its own
+            self.progress = self.ranks.highest(self.progress)
+        rate = learning_rate(self.progress * self.total_epochs, self.config.epochs, self.config.optim)
         for group in optimizer.param_groups:
             group["lr"] = rate
         self.log("learning_rate", rate)
@@ -201,7 +203,8 @@ class SequencerTask(pl.LightningModule):
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
         self.log_position()
-        if self.config.max_minutes is not None and self.clock.progress(self.global_step) >= 1:
+        limited = self.config.max_minutes is not None and self.ends_update(batch_idx)
+        if limited and self.ranks.highest(self.clock.progress(self.global_step)) >= 1:
             self.trainer.should_stop = True
 
     def ends_update(self, batch_idx: int) -> bool:
@@ -221,7 +224,7 @@ class SequencerTask(pl.LightningModule):
         self.log("valid_acc", self.val_accuracy, on_epoch=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.clock.reserve_s = time.monotonic() - self.validation_started
+        self.clock.reserve_s = self.ranks.highest(time.monotonic() - self.validation_started)
         self.log_position()
 
     def log_position(self) -> None:
