@@ -9,7 +9,7 @@ from sequencer2d.data.augment import AugmentConfig
 
 
 class BatchMixing:
-    """timm's erasing and mixing for one batch, of odd sizes too; label smoothing is applied here and only here."""
+    """timm's mixing and then erasing of a batch, of odd sizes too; label smoothing is applied here and only here."""
 
     def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -32,9 +32,15 @@ class BatchMixing:
 
         timm mixes pairs, so the last image of an odd batch stays itself.
         """
+        images, targets = self._mix(images, labels)
         if self.erase.probability:
             self.erase.device = str(images.device)
             images = self.erase(images)
+        return images, targets
+
+    def _mix(
+        self, images: Float[Tensor, "B C H W"], labels: Int64[Tensor, "B"]
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
         if self.mixup is None:
             return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
         even = len(images) - len(images) % 2

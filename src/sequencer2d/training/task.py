@@ -46,7 +46,8 @@ class SequencerTask(pl.LightningModule):
         self.preprocessing = preprocessing
         self.batches_per_epoch = batches_per_epoch
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
-        self.ema = ModelEmaV3(model, config.optim.ema_decay, use_warmup=True) if config.optim.ema_decay else None
+        ema_decay, ema_warmup = config.optim.ema_decay, config.optim.ema_warmup
+        self.ema = ModelEmaV3(model, ema_decay, use_warmup=ema_warmup) if ema_decay else None
         if self.ema:
             self.ema.requires_grad_(False)
         self.total_epochs = config.epochs + config.optim.cooldown_epochs
@@ -110,7 +111,7 @@ class SequencerTask(pl.LightningModule):
             )
         self.images_seen += len(images)
         self.log("train_loss", loss.detach())
-        return loss
+        return loss * (self.config.accumulate / self.steps_of_update(batch_idx))  # Lightning divides by `accumulate`
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         progress = self.clock.progress(self.global_step)
@@ -123,7 +124,7 @@ class SequencerTask(pl.LightningModule):
         """Updates the weights and their average; before any callback saves a checkpoint of this step."""
         super().optimizer_step(*arguments, **options)
         if self.ema:
-            self.ema.update(self.model, self.global_step + 1)
+            self.ema.update(self.model, self.global_step + 1 if self.config.optim.ema_warmup else None)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
@@ -135,6 +136,11 @@ class SequencerTask(pl.LightningModule):
     def ends_update(self, batch_idx: int) -> bool:
         """Whether the weights change after this batch, rather than its gradients being kept for the next."""
         return (batch_idx + 1) % self.config.accumulate == 0 or batch_idx + 1 == self.batches_per_epoch
+
+    def steps_of_update(self, batch_idx: int) -> int:
+        """Batches whose mean gradient makes the update that this one is part of: fewer where an epoch ends early."""
+        left_over = self.batches_per_epoch % self.config.accumulate
+        return left_over if batch_idx >= self.batches_per_epoch - left_over else self.config.accumulate
 
     def on_validation_epoch_start(self) -> None:
         self.validation_started = time.monotonic()
