@@ -172,7 +172,7 @@ CASES = {
     "transfer": Case(recipe="transfer"),
     "many processes": Case(recipe="imagenet", processes=2),
     "clipping": Case(recipe="transfer", clip_grad=0.05),
-    "averages": Case(recipe="imagenet", ema_decay=0.9),
+    "averages": Case(recipe="imagenet-392", ema_decay=0.9),
     "averages of a newer timm": Case(recipe="imagenet", ema_decay=0.9, ema_warmup=True),
     "all at once": Case(recipe="transfer", processes=2, clip_grad=0.05, ema_decay=0.9),
 }
