@@ -21,8 +21,8 @@ def mix(batch_size: int, num_classes: int, **options: Any) -> tuple[tuple[Tensor
     images = torch.arange(1.0, batch_size + 1).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone()
     labels = torch.arange(batch_size) % num_classes
     mixing = BatchMixing(AugmentConfig(**{**NO_MIXING, **options}), num_classes)
-    erased = mixing.erase(images.clone(), [(i,) for i in range(batch_size)])
-    return (images, labels), mixing(erased, labels)
+    mixed, targets = mixing(images.clone(), labels)
+    return (images, labels), (mixing.erase(mixed, [(i,) for i in range(batch_size)]), targets)
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Job, make_images, rows
 from safetensors.torch import load_file
 from torch import nn
 
+from jobs import Job, make_images, rows
 from sequencer2d.data.loaders import ShuffledBatches
 from sequencer2d.training.ranks import Ranks
 

@@ -14,21 +14,22 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from jobs import make_images, rows
 from PIL import Image
 from safetensors.torch import load_file
 
+from jobs import make_images, rows
 from sequencer2d import files
 from sequencer2d.data.check import check_folder
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
 from sequencer2d.training.checkpoints import newest_checkpoint
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
-from sequencer2d.training.muon import Muon
 from sequencer2d.training.faults import TrainingError
+from sequencer2d.training.muon import Muon
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import ModelFileError, load_model
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
@@ -406,7 +407,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_model_whole(
         original(handle)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(TrainingError, match=r"disk is full .*No space left .*(model\.safetensors|step-.*ckpt).*--resume"):
+    with pytest.raises(
+        TrainingError, match=r"disk is full .*No space left .*(model\.safetensors|step-.*ckpt).*--resume"
+    ):
         train(config)
     monkeypatch.undo()
     run_dir = Path(config.run_dir or "")

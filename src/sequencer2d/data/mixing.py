@@ -13,7 +13,7 @@ from sequencer2d.data.augment import AugmentConfig
 
 
 class BatchMixing:
-    """timm's erasing and mixing for one batch, of odd sizes too; label smoothing is applied here and only here."""
+    """timm's mixing and then erasing of a batch, of odd sizes too; label smoothing is applied here and only here."""
 
     def __init__(self, augment: AugmentConfig, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -30,7 +30,10 @@ class BatchMixing:
             )
 
     def erase(self, images: Float[Tensor, "B C H W"], seeds: list[tuple[int, ...]]) -> Float[Tensor, "B C H W"]:
-        """Erases in place, by a seed for every image, to which the global generators are set."""
+        """Erases in place, by a seed for every image, to which the global generators are set.
+
+        Comes after the mixing, as in the official loader.
+        """
         if self.random_erasing.probability:
             self.random_erasing.device = str(images.device)
             for image, seed in zip(images, seeds, strict=True):

@@ -14,7 +14,7 @@ from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig, check_rang
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser and its learning rate: linear warm-up, cosine to the minimum, cool-down there; set per update."""
+    """The optimiser and its learning rate: linear warm-up, cosine to the minimum, cool-down there."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """The paper's, or Muon for the matrices and AdamW for the rest: slower steps, of which far fewer are needed."""
@@ -28,6 +28,8 @@ class OptimConfig:
     """Default: a fifteenth of the epochs (20 of 300 in the paper)."""
     cooldown_epochs: float = 0.0
     """Added after the epochs of the cosine."""
+    schedule_per_epoch: bool = False
+    """Hold the learning rate through each epoch, as the official code does, rather than set it at every update."""
     weight_decay: float = 0.05
     """Of matrices and kernels; norms and biases are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -38,6 +40,8 @@ class OptimConfig:
     """Largest norm of the gradient; none by default."""
     ema_decay: float | None = None
     """Decay per update of the averaged weights that are then evaluated and saved; none by default."""
+    ema_warmup: bool = True
+    """Let that decay grow from 0, so that the average forgets the initial weights; the official code has it fixed."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "min_learning_rate", "warmup_learning_rate", "clip_grad_norm"):

@@ -66,9 +66,7 @@ def _out_of_memory(config: TrainConfig, what: str) -> str:
     )
 
 
-def keep_fault(
-    folder: Path, *, model: torch.nn.Module, batches: list[Batch], facts: dict[str, Any]
-) -> Path:
+def keep_fault(folder: Path, *, model: torch.nn.Module, batches: list[Batch], facts: dict[str, Any]) -> Path:
     """Saves what led to an update with a number that is none: weights, batches, and the facts of the step.
 
     Args:

@@ -275,7 +275,9 @@ def _locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout as error:
-            raise BlockingIOError(f"{run_dir}: another process is training in it; wait for it, or give another --run-dir") from error
+            raise BlockingIOError(
+                f"{run_dir}: another process is training in it; wait for it, or give another --run-dir"
+            ) from error
         remove_unfinished(run_dir)
         remove_unfinished(run_dir / "checkpoints")
 
@@ -292,7 +294,9 @@ def _checkpoint(run_dir: Path, asked_for: Path | None) -> Path | None:
         return newest_checkpoint(run_dir / "checkpoints")
     updates_of(asked_for)
     if not is_whole(asked_for):
-        raise CheckpointError(f"{asked_for} is damaged (its checksum is another); --resume {run_dir} takes the last whole one")
+        raise CheckpointError(
+            f"{asked_for} is damaged (its checksum is another); --resume {run_dir} takes the last whole one"
+        )
     go_back_to(asked_for)
     return asked_for
 

@@ -62,7 +62,8 @@ class SequencerTask(pl.LightningModule):
         self.ranks = ranks
         self.faults = faults
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
-        self.ema = ModelEmaV3(model, config.optim.ema_decay, use_warmup=True) if config.optim.ema_decay else None
+        ema_decay, ema_warmup = config.optim.ema_decay, config.optim.ema_warmup
+        self.ema = ModelEmaV3(model, ema_decay, use_warmup=ema_warmup) if ema_decay else None
         if self.ema:
             self.ema.requires_grad_(False)
         self.total_epochs = config.epochs + config.optim.cooldown_epochs
@@ -170,14 +171,13 @@ class SequencerTask(pl.LightningModule):
             loss = loss * math.nan
         self.images_seen += num_images
         self.log("train_loss", loss.detach(), sync_dist=self.ranks.world_size > 1)
-        return loss
+        return loss * (self.config.accumulate / self.steps_of_update(batch_idx))  # Lightning divides by `accumulate`
 
     def loss(self, batch: Batch, seed: tuple[int, ...]) -> Tensor:
-        """The mean loss of a batch's images, erased and mixed by the seed."""
-        images = normalize(batch.images, self.preprocessing)
-        images = self.mixing.erase(images, [(*seed, index) for index in batch.indices.tolist()])
+        """The mean loss of a batch's images, mixed and erased by the seed."""
         seed_generators(*seed)
-        images, targets = self.mixing(images, batch.labels)
+        images, targets = self.mixing(normalize(batch.images, self.preprocessing), batch.labels)
+        images = self.mixing.erase(images, [(*seed, index) for index in batch.indices.tolist()])
         seed_generators(*seed, self.ranks.rank)
         return F.cross_entropy(self.model(images).float(), targets)
 
@@ -194,7 +194,7 @@ class SequencerTask(pl.LightningModule):
         """Updates the weights and their average; before any callback saves a checkpoint of this step."""
         super().optimizer_step(*arguments, **options)
         if self.ema:
-            self.ema.update(self.model, self.global_step + 1)
+            self.ema.update(self.model, self.global_step + 1 if self.config.optim.ema_warmup else None)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if self.ends_update(batch_idx):
@@ -210,6 +210,11 @@ class SequencerTask(pl.LightningModule):
     def ends_update(self, batch_idx: int) -> bool:
         """Whether the weights change after this batch, rather than its gradients being kept for the next."""
         return (batch_idx + 1) % self.config.accumulate == 0 or batch_idx + 1 == self.batches_per_epoch
+
+    def steps_of_update(self, batch_idx: int) -> int:
+        """Batches whose mean gradient makes the update that this one is part of: fewer where an epoch ends early."""
+        left_over = self.batches_per_epoch % self.config.accumulate
+        return left_over if batch_idx >= self.batches_per_epoch - left_over else self.config.accumulate
 
     def on_validation_epoch_start(self) -> None:
         self.validation_started = time.monotonic()
