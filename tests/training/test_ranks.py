@@ -188,9 +188,10 @@ torch.save([x.grad, gradients, norm.state_dict()], f"{sys.argv[2]}/{rank}.pt")
 
 
 def test_batch_norms_use_the_statistics_of_all_ranks(tmp_path: Path) -> None:
-    norm = nn.Sequential(nn.BatchNorm2d(3)).train()
-    nn.init.normal_(norm[0].weight)
-    nn.init.normal_(norm[0].bias)
+    layer = nn.BatchNorm2d(3)
+    norm = nn.Sequential(layer).train()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
     x = torch.randn(4, 3, 4, 5, requires_grad=True)
     torch.save(norm.state_dict(), tmp_path / "state.pt")
     torch.save(x.detach(), tmp_path / "x.pt")
@@ -203,7 +204,7 @@ def test_batch_norms_use_the_statistics_of_all_ranks(tmp_path: Path) -> None:
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )
     torch.testing.assert_close(torch.cat([first, second]), x.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradients, norm[0].weight.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, layer.weight.grad, rtol=1e-4, atol=1e-5)
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
         assert torch.equal(state[name], other[name])

@@ -7,6 +7,7 @@ can be repeated, and continued inside an epoch.
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,7 @@ class ShuffledBatches(Sampler[list[Key]]):
 def _runs(count: int, parts: int) -> list[tuple[int, int]]:
     """Start and end of equal runs of 0 … `count`."""
     cuts = [-(-count * part // parts) for part in range(parts + 1)]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 class Streamed:

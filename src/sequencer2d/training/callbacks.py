@@ -121,9 +121,9 @@ class Checkpoints(pl.Callback):
             return
         due = time.monotonic() - self.last_save >= 60 * self.minutes
         wish = self.ranks.highest(2 if self.requested else 1 if due else 0)
-        if wish:
-            self.save(trainer)
         self.stopping = wish == 2
+        if wish and batch_idx + 1 < pl_module.batches_per_epoch:  # else validation comes first: it would not be repeated
+            self.save(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.stopping:  # only now are the metrics of the last step written

@@ -42,6 +42,8 @@ def explained(config: TrainConfig, run_dir: Path) -> Iterator[None]:
                 f"memory: go on with fewer of them, {go_on} --num-workers {max(0, (config.num_workers or 0) // 2)}"
             ) from error
         raise
+    except FileNotFoundError as error:
+        raise TrainingError(f"{error}; the last checkpoint is whole: bring it back, then {go_on}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "the disk is full"

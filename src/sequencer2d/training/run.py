@@ -41,7 +41,7 @@ from sequencer2d.training.checkpoints import (
     updates_of,
 )
 from sequencer2d.training.config import TrainConfig, resolve
-from sequencer2d.training.faults import explained
+from sequencer2d.training.faults import explained, load_fault
 from sequencer2d.training.machine import choose_precision, describe_machine, set_threads, tune_allocator
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.recipes import config_from_yaml
@@ -126,6 +126,28 @@ def train(config: TrainConfig) -> TrainResult:
         task, stopped = _fit(run, model, precision, checkpoint)
         result = _result(run, model, task, finished=not stopped)
         return result if stopped else ranks.of_first(lambda: _finish(run, task, result))
+
+
+def replay_fault(path: str | Path) -> list[float]:
+    """Computes the losses of an update that was kept in a run's `faults/` again, one for each of its batches.
+
+    Weights, images and random numbers are those of then, for a debugger to look into.
+
+    Raises:
+        ValueError: The file is no record of a fault.
+    """
+    path = Path(path)
+    state, batches, facts = load_fault(path)
+    config = _load_config(path.parent.parent)
+    model = create_model(config.model, **{**config.model_args, "num_classes": facts["num_classes"]})
+    model.load_state_dict(state)
+    task = SequencerTask(model.train(), config, _preprocessing(config), facts["batches_per_epoch"])
+    task.ranks = Ranks(rank=facts["rank"])
+    losses = []
+    for batch, seed in zip(batches, facts["seeds"], strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=facts["precision"] == "bf16-mixed"):
+            losses.append(task.loss(batch, tuple(seed)).item())
+    return losses
 
 
 def _result(run: "_Run", model: Sequencer2D, task: SequencerTask, *, finished: bool) -> TrainResult:

@@ -70,7 +70,7 @@ class SequencerTask(pl.LightningModule):
         updates_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
         self.clock = Clock(round(self.total_epochs * updates_per_epoch), config.max_minutes)
         self.val_accuracy = MulticlassAccuracy(model.config.num_classes, average="micro")
-        self.val_loss = MeanMetric()
+        self.val_loss = MeanMetric(nan_strategy="disable")
         self.skipped: dict[str, None] = {}
         """Unreadable images met so far, once each, in the order of their appearance."""
         self.nonfinite_updates = 0
@@ -133,6 +133,8 @@ class SequencerTask(pl.LightningModule):
                 "loss": str(loss),
                 "precision": str(self.trainer.precision),
                 "seeds": self.seeds,
+                "num_classes": self.model.config.num_classes,
+                "batches_per_epoch": self.batches_per_epoch,
             }
             where += f", kept in {keep_fault(self.faults, model=self.model, batches=self.batches, facts=facts)}"
         if self.nonfinite_updates >= self.config.skip_nonfinite:
