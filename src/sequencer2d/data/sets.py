@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int, Int64, UInt8
 from PIL import Image
 
-from sequencer2d.data.images import Reduction, open_image
+from sequencer2d.data.images import Picture, Reduction, open_image, open_picture
 from sequencer2d.data.splits import stratified_split
 
 
@@ -29,6 +29,10 @@ class ImageSet(ABC):
         Raises:
             ImageError: The image is not usable.
         """
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Picture:
+        """The same in the form that comes fastest, which may be shared: not to be written to."""
+        return self.image(index, reduction)
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -70,6 +74,9 @@ class FileImages(ImageSet):
 
     def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         return open_image(self.root / self.files[index], reduction)
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Picture:
+        return open_picture(self.root / self.files[index], reduction)
 
     def name(self, index: int) -> str:
         return self.files[index]
