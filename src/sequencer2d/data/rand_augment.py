@@ -1,8 +1,9 @@
 """RandAugment (Cubuk et al. 2020) as timm does it, for a batch of images at once, with random numbers that are given.
 
 Which operations, how often and how strong is timm's (timm/data/auto_augment.py), which parses the policy. What the
-operations do is Pillow's (`ImageOps`, `ImageEnhance`), to the bit. Those that map levels to levels become one table per
-image, those that blend an image with a plainer one become one blend; shears, shifts and rotations are Pillow's.
+operations do is Pillow's (`ImageOps`, `ImageEnhance`), to the bit. Those that map levels to levels become tables, those
+that blend small images with plainer ones become one blend. Shears and shifts of images that are not tiny are Pillow's
+to one grey level (`shear.py`); rotations are Pillow's own.
 """
 
 from collections.abc import Callable
@@ -87,7 +88,7 @@ class RandAugment:
                 images[blended] = _blend(plainer(images[blended]), images[blended], factors)
             chosen[blended] = False
         for i in np.flatnonzero(chosen).tolist():
-            self._apply_to_one(images[i], names[i], arguments[i] or (), self._resample(interpolate[i]))
+            self._apply_to_one(images[i], str(names[i]), arguments[i] or (), self._resample(float(interpolate[i])))
 
     def _apply_to_one(self, image: Pixels, name: str, arguments: tuple[Any, ...], resample: Image.Resampling) -> None:
         if name in _TABLES:

@@ -79,6 +79,8 @@ class TrainTransform:
             return None
 
         def times(width: int, height: int) -> int:
+            if min(width, height) < 2 * self.size:
+                return 1
             randoms = uniforms(np.array([seed]), _CROP_RANDOMS)
             left, upper, right, lower = self.boxes(np.array([[width, height]]), randoms)[0].tolist()
             return max(1, min(right - left, lower - upper) // self.size)
@@ -206,5 +208,14 @@ def normalize(images: UInt8[Tensor, "B H W C"], preprocessing: Preprocessing) ->
         255 * torch.tensor(values, device=images.device).view(3, 1, 1)
         for values in (preprocessing.mean, preprocessing.std)
     )
-    floats = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return floats.sub_(mean).div_(std)
+    count, height, width, channels = images.shape
+    floats = torch.empty((count, channels, height, width), device=images.device)
+    # A few images at a time stay in the cache of a CPU.
+    few = max(1, _CACHED_PIXELS // (height * width) if images.device.type == "cpu" else count)
+    for some, pixels in zip(floats.split(few), images.split(few), strict=True):
+        some.copy_(pixels.permute(0, 3, 1, 2)).sub_(mean).div_(std)
+    return floats
+
+
+_CACHED_PIXELS = 2**16
+"""Of that many, bytes and floats are a megabyte."""
