@@ -2,7 +2,7 @@
 
 `python docs/make_loading.py FOLDER_32 FOLDER_64 PHOTOGRAPHS`: image folders with images of 32 and 64 pixels and of any
 size. Of timm, without a worker and with one, the faster counts. With `CLOCK=process` in the environment the time that
-this process computes counts, for machines that others use, too; timm's worker, whose time it leaves out, is left out.
+this process computes is printed, for machines that others use, too; timm's worker, which is another, is left out.
 """
 
 import json
@@ -131,6 +131,8 @@ def main(folders: list[str]) -> None:
         best = max(value for name, value in found.items() if name != "ours")
         rows[side] = {**found, "ratio": found["ours"] / best}
         print(side, rows[side])
+    if CLOCK is time.process_time:
+        return
     environment = {**describe_machine(), "command": "python docs/make_loading.py CIFAR10 TINY_IMAGENET PHOTOGRAPHS"}
     (DOCS / "loading.json").write_text(json.dumps({"rows": rows, "environment": environment}, indent=1) + "\n")
     lines = [
@@ -142,16 +144,15 @@ def main(folders: list[str]) -> None:
         "with soft targets; one core for everything, the contenders in turn in one process, one allocator setting,",
         f"an epoch of warm-up, medians of {ROUNDS} rounds. Small images are in memory after the first epoch, augmented",
         "in batches (`data/transforms.py`, `data/rand_augment.py`); JPEGs go from simplejpeg's decoder to the resize",
-        "without a copy, and are decoded smaller where the crop has twice the pixels that are needed, which few of these",
-        "photographs of 500×400 pixels have. That the distributions are timm's is tested in",
+        "without a copy, and are decoded smaller where the crop has twice the pixels that are needed, which few of",
+        "these photographs of 500×400 pixels have. That the distributions are timm's is tested in",
         "tests/data/test_transforms.py, test_rand_augment.py, test_shear.py and test_mixing.py.",
         "",
         "| images | ours | timm, no worker | timm, one worker | ours over the better |",
         "| --- | --- | --- | --- | --- |",
     ]
     for side, row in rows.items():
-        names = ("ours", "timm, no worker", "timm, one worker")
-        rates = " | ".join(f"{row[name]:,.0f}" if name in row else "" for name in names)
+        rates = " | ".join(f"{row[name]:,.0f}" for name in ("ours", "timm, no worker", "timm, one worker"))
         lines.append(f"| {side}² | {rates} | {row['ratio']:.2f} |")
     packages = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "timm", "pillow"))
     lines += ["", f"Commit {environment['commit']}, {environment['cpu']}, {packages}."]
