@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -62,6 +63,22 @@ def test_a_target_holds_each_label_by_its_share_of_the_pixels(kind: str, batch_s
             assert set(targets[i].nonzero().flatten().tolist()) <= {i, partner}
         expected = targets[:, :batch_size] @ images[:, 0, 0, 0]
         torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (12, 3, 100, 100), (6, 3, 220, 220), (50, 1, 9, 7)])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_images_are_mixed_as_timm_mixes_them(kind: str, shape: tuple[int, int, int, int]) -> None:
+    """To the bit; a few images at a time, which shapes make one, some or all."""
+    options: dict[str, Any] = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, f"{kind}_alpha": 1.0}
+    images, labels = torch.randn(shape), torch.arange(shape[0])
+    mixing = BatchMixing(AugmentConfig(**{**NO_MIXING, **options}), shape[0])
+    for seed in range(3):
+        seed_generators(seed)
+        theirs = Mixup(**options, label_smoothing=0.1, num_classes=shape[0])(images.clone(), labels)
+        seed_generators(seed)
+        ours = mixing(images.clone(), labels)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
 
 
 @pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_prob": 0.0}])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
-from sequencer2d.data.images import ImageError, Reduction
+from sequencer2d.data.images import ImageError, Picture, Reduction
 from sequencer2d.data.sets import ImageSet
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.streaming import shuffled, stream
@@ -260,10 +260,10 @@ class TransformedImages(Dataset[Batch]):
         images = torch.from_numpy(self.transform(decoded, seeds))
         return Batch(images, torch.from_numpy(self.images.labels[list(indices)]), torch.tensor(indices), skipped)
 
-    def _decode(self, index: int, seed: int, content: bytes | None = None) -> Image.Image:
+    def _decode(self, index: int, seed: int, content: bytes | None = None) -> Picture:
         reduction = self.transform.reduction(seed)
         if content is None:
-            return self.images.image(index, reduction)
+            return self.images.picture(index, reduction)
         assert isinstance(self.images, ShardImages)
         return self.images.decode(index, content, reduction)
 
@@ -289,13 +289,16 @@ class CachedImages(ImageSet):
         return CachedImages(self.images.subset(indices), self.free_bytes)
 
     def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        return self.picture(index).copy()
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         if index in self.decoded:
-            return self.decoded[index].copy()
+            return self.decoded[index]
         image = self.images.image(index)
         num_bytes = 4 * image.width * image.height
         if max(image.size) <= SMALL_IMAGE_SIZE and num_bytes <= self.free_bytes:
             self.free_bytes -= num_bytes
-            self.decoded[index] = image.copy()
+            self.decoded[index] = image
         return image
 
 

@@ -30,7 +30,7 @@ from jaxtyping import Int
 from PIL import Image
 
 from sequencer2d.data.fetch import ShardError, check_url, fetch, is_url
-from sequencer2d.data.images import IMAGE_EXTENSIONS, Reduction, open_image
+from sequencer2d.data.images import IMAGE_EXTENSIONS, Picture, Reduction, open_picture
 from sequencer2d.data.sets import FileImages, ImageData, ImageSet, split_off_val
 from sequencer2d.files import write_atomic
 
@@ -263,18 +263,22 @@ class ShardImages(ImageSet):
 
     def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         """Also raises what `fetch` does."""
+        picture = self.picture(index, reduction)
+        return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Picture:
         shard = self.shards[self.shard_numbers[index]]
         url = self.location.url(shard.file)
         start, size = int(self.offsets[index]), int(self.sizes[index])
         return self.decode(index, fetch(url, start=start, size=size, total=shard.size), reduction)
 
-    def decode(self, index: int, content: bytes, reduction: Reduction | None = None) -> Image.Image:
+    def decode(self, index: int, content: bytes, reduction: Reduction | None = None) -> Picture:
         """The image at an index, of which the bytes are at hand.
 
         Raises:
             ImageError: The image is not usable.
         """
-        return open_image(_NamedBytes(content, self.name(index)), reduction)
+        return open_picture(_NamedBytes(content, self.name(index)), reduction)
 
     def read_shard(self, number: int, stop: Event | None = None) -> bytes:
         """A whole tar file, verified.

@@ -52,10 +52,10 @@ class JsonLinesLogger(Logger):
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The resolved config is saved by itself."""
 
-    def forget_after(self, step: int) -> None:
-        """Drops the rows of steps that a continued run takes again, and what a crash left of the last row."""
+    def forget_after(self, updates: int) -> None:
+        """Drops the rows of updates that a continued run makes again, and what a crash left of the last row."""
         if self.path.exists():
-            rows = [row for row in self.path.read_text(errors="replace").splitlines() if _step_of(row) <= step]
+            rows = [row for row in self.path.read_text(errors="replace").splitlines() if _step_of(row) < updates]
             write_atomic(self.path, "".join(f"{row}\n" for row in rows))
 
 
@@ -122,7 +122,9 @@ class Checkpoints(pl.Callback):
         due = time.monotonic() - self.last_save >= 60 * self.minutes
         wish = self.ranks.highest(2 if self.requested else 1 if due else 0)
         self.stopping = wish == 2
-        if wish and batch_idx + 1 < pl_module.batches_per_epoch:  # else validation comes first: it would not be repeated
+        if (
+            wish and batch_idx + 1 < pl_module.batches_per_epoch
+        ):  # else validation comes first: it would not be repeated
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:

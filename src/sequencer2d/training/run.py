@@ -388,7 +388,7 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path | None)
 
     metrics_file = JsonLinesLogger(run.run_dir / "metrics.jsonl")
     if ranks.is_first:
-        metrics_file.forget_after(updates_of(checkpoint) if checkpoint else -1)
+        metrics_file.forget_after(updates_of(checkpoint) if checkpoint else 0)
     if checkpoint:
         log.info("continuing %s after %d updates", run.run_dir, updates_of(checkpoint))
     folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
