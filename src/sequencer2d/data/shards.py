@@ -14,10 +14,9 @@ shards/
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO
@@ -31,6 +30,7 @@ from PIL import Image
 
 from sequencer2d.data.fetch import ShardError, check_url, fetch, is_url
 from sequencer2d.data.images import IMAGE_EXTENSIONS, Reduction, open_image
+from sequencer2d.data.scratch import made_whole
 from sequencer2d.data.sets import FileImages, ImageData, ImageSet, split_off_val
 from sequencer2d.files import write_atomic
 
@@ -86,8 +86,7 @@ def write_shards(
     """Writes all splits of a data set as shards. Image files keep their bytes; other images become PNG.
 
     The training images are shuffled once, so that neighbours in a shard are not of one class; the others keep their
-    order. The folder appears whole, or not at all: until then the work lies in a hidden folder beside it, which the
-    next attempt clears away.
+    order. The folder appears whole, or not at all (see `scratch`); called again this finishes it, or does nothing.
 
     Args:
         data: What to write; its sources stay as they are.
@@ -100,22 +99,22 @@ def write_shards(
         What `shards.json` lists.
 
     Raises:
-        ValueError: `images_per_shard` is below 1, or the folder is not empty.
+        ValueError: `images_per_shard` is below 1, or the folder holds other shards.
+        FileExistsError: It holds something else.
+        BlockingIOError: Another process is writing it.
         OSError: An image cannot be read, or a shard not be written; nothing of it is left.
     """
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard={images_per_shard} must be at least 1")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root}: exists and is not an empty folder; remove it, or give another one")
     splits = {"train": data.train, "val": data.val, "test": data.test}
     images_of = {split: images for split, images in splits.items() if images}
-    total = sum(map(len, images_of.values()))
-    scratch = root.resolve().parent / f".{root.resolve().name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with made_whole(root.resolve()) as scratch:
+        if scratch is None:
+            return _written_before(root, data.class_names, {split: len(images) for split, images in images_of.items()})
+        folder = scratch / root.resolve().name
+        folder.mkdir()
         shards: list[Shard] = []
-        done = 0
+        done, total = 0, sum(map(len, images_of.values()))
         for split, images in images_of.items():
             order = np.random.RandomState(0).permutation(len(images)) if split == "train" else np.arange(len(images))
             for number, start in enumerate(range(0, len(images), images_per_shard)):
@@ -123,16 +122,25 @@ def write_shards(
                 content = _tar(images, chosen, start)
                 file = f"{split}-{number:06d}.tar"
                 shards.append(_describe(content, file, split, start, len(data.class_names)))
-                write_atomic(scratch / file, content)
+                write_atomic(folder / file, content)
                 done += len(chosen)
                 if progress:
                     progress(done, total)
         index = {"format": FORMAT, "class_names": data.class_names, "shards": [asdict(shard) for shard in shards]}
-        write_atomic(scratch / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False))
-        os.rename(scratch, root.resolve())
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        write_atomic(folder / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False))
+    return shards
+
+
+def _written_before(root: Path, class_names: tuple[str, ...], num_images: dict[str, int]) -> list[Shard]:
+    """What an earlier call has written, if these are the classes and as many images."""
+    if not (root / INDEX).is_file():
+        raise FileExistsError(f"{root}: exists and is not an empty folder; remove it, or give another one")
+    names, shards = _read_index(str(root / INDEX))
+    counts = Counter[str]()
+    for shard in shards:
+        counts[shard.split] += shard.num_images
+    if (names, dict(counts)) != (class_names, num_images):
+        raise ValueError(f"{root}: holds the shards of another data set or split; remove it, or give another folder")
     return shards
 
 
