@@ -1,6 +1,7 @@
-"""Writing files so that an interruption leaves the old one or the new one, never a half."""
+"""Writing files so that an interruption leaves the old one or the new one, never a half; and where caches lie."""
 
 import os
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,17 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def cache_folder(kind: str) -> Path:
+    """Where this user's caches of a kind lie: in `XDG_CACHE_HOME`, or what the platform has in its place."""
+    if "XDG_CACHE_HOME" in os.environ:
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "sequencer2d" / kind
 
 
 def _umask() -> int:

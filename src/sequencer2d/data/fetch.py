@@ -239,7 +239,7 @@ def _check_range(url: str, content_range: str, start: int, total: int | None) ->
 def _check_total(url: str, found: int | None, total: int | None) -> None:
     if found is not None and total is not None and found != total:
         raise ShardError(
-            f"{url}: {found:,} bytes, where shards.json says {total:,}; copy it again, or write the shards again"
+            f"{url}: {found:,} bytes, where its list says {total:,}; copy it again, or write the shards again"
         )
 
 
@@ -248,9 +248,9 @@ def _refusal(url: str, status: int, reason: str, retry_after: str | None) -> Exc
     if status in (408, 425, 429) or status >= 500:
         return _Trouble(f"the server answered {status} {reason}".rstrip(), delay_s=_number(retry_after) or 0)
     if status == 404:
-        return FileNotFoundError(f"{url}: not found; it should lie beside shards.json")
+        return FileNotFoundError(f"{url}: not found; see to the address")
     if status in (401, 403):
         return PermissionError(f"{url}: the server answered {status} {reason}; it wants credentials")
     if status == 416:
-        return ShardError(f"{url}: shorter than shards.json says; copy it again, or write the shards again")
+        return ShardError(f"{url}: shorter than its list says; copy it again, or write the shards again")
     return ConnectionError(f"{url}: the server answered {status} {reason}")

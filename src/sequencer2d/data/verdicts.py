@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from hashlib import blake2b
@@ -17,7 +16,7 @@ import PIL
 
 from sequencer2d.data.duplicates import THUMBNAIL_BYTES
 from sequencer2d.data.inspection import DIGEST_BYTES, Inspected, Picture
-from sequencer2d.files import write_atomic
+from sequencer2d.files import cache_folder, write_atomic
 
 VERSION = f"1, Pillow {PIL.__version__}"
 """Another version of the format, or of the library that decodes, does not know what this one found."""
@@ -27,21 +26,10 @@ _PLAIN = [field.name for field in fields(Picture) if field.name not in _BINARY]
 logger = logging.getLogger(__name__)
 
 
-def cache_folder() -> Path:
-    """Where this user's caches lie: `XDG_CACHE_HOME`, or what the platform has in its place."""
-    if "XDG_CACHE_HOME" in os.environ:
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "sequencer2d" / "check"
-
-
 def cache_file(root: Path) -> Path:
     """Where the verdicts on a folder are kept; its name says which folder to a human, its digits to us."""
     path = root.resolve()
-    return cache_folder() / f"{path.name}-{blake2b(os.fsencode(path), digest_size=8).hexdigest()}.npz"
+    return cache_folder("check") / f"{path.name}-{blake2b(os.fsencode(path), digest_size=8).hexdigest()}.npz"
 
 
 def save_verdicts(root: Path, verdicts: Sequence[Inspected]) -> None:
