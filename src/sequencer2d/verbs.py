@@ -121,7 +121,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("paths", nargs="+", help="image files, folders, or - for an image on standard input")
     parser.add_argument("--top_k", type=int, default=5, help="classes per image")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
-    parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl or .csv")
+    parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl, .csv or .parquet")
     options = parser.parse_args(arguments)
     failed = 0
 
