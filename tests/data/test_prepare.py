@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import threading
 from collections import namedtuple
@@ -121,7 +122,22 @@ def test_pickle_that_would_run_something(cifar: Callable[[str], Path], tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", [{}, {b"data": 3, b"labels": [1]}, {b"data": b"x", b"labels": [1]}, [1]])
+BLACK = np.zeros((1, 3072), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {b"data": 3, b"labels": [1]},
+        {b"data": b"x", b"labels": [1]},
+        [1],
+        {b"data": BLACK, b"labels": [10]},
+        {b"data": BLACK, b"labels": [-1]},
+        {b"data": BLACK, b"labels": [b"1"]},
+        {b"data": BLACK, b"labels": [1, 1]},
+    ],
+)
 def test_batch_that_makes_no_sense(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
     content = python2_pickle(value)
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", hashlib.md5(content).hexdigest()]])
@@ -289,17 +305,21 @@ def test_finished_set_is_left_alone_and_others_are_not_touched(tmp_path: Path) -
     again = prepare("pets", tmp_path / "data", source, seed=9)
     assert (again.made, again.num_images, again.folder) == (False, first.num_images, first.folder)
     assert snapshot(tmp_path / "data") == before
-    write_files(tmp_path / "data/mine", {"notes.txt": b"mine"})
-    with pytest.raises(FileExistsError, match="mine: there already, and not made by prepare"):
-        prepare("mine", tmp_path / "data", source)
-    assert (tmp_path / "data/mine/notes.txt").read_bytes() == b"mine"
+    for file in ("notes.txt", "classes.json", "train/cat/1.jpg"):
+        write_files(tmp_path / "data/mine", {file: b"mine"})
+        with pytest.raises(FileExistsError, match="mine: there already, and not made by prepare"):
+            prepare("mine", tmp_path / "data", source)
+        assert snapshot(tmp_path / "data/mine")[file] == b"mine"
+        shutil.rmtree(tmp_path / "data/mine")
 
 
-def test_target_within_the_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_link", [False, True])
+def test_target_within_the_source(by_link: bool, tmp_path: Path) -> None:
     source = write_files(tmp_path / "source", folder_files())
+    (tmp_path / "link").symlink_to(source)
     before = snapshot(source)
     with pytest.raises(ValueError, match="lies in the source"):
-        prepare("pets", source / "cat", source)
+        prepare("pets", (tmp_path / "link" if by_link else source) / "cat", source)
     assert snapshot(source) == before
 
 
