@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from batches import PREPROCESSING, assert_same, epoch, random_transform
 from flaky import FlakyServer, flaky_server
@@ -319,10 +320,10 @@ def test_a_failure_does_not_keep_the_workers(root: Path, tmp_path: Path) -> None
     gc.disable()
     try:
         failing = loader(images, num_workers=1)
+        reference = weakref.ref(failing)
         try:
             list(failing)
         except ShardError:
-            reference = weakref.ref(failing)
             del failing
         assert reference() is None
     finally:
@@ -341,9 +342,9 @@ class Garbage:
 
 
 class CollectingTransform(EvalTransform):
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, images: Sequence[Image.Image], seeds: Sequence[int]) -> np.ndarray:
         gc.collect()
-        return super().__call__(*arguments)
+        return super().__call__(images, seeds)
 
 
 def test_workers_leave_the_garbage_of_the_main_process_alone(root: Path, tmp_path: Path) -> None:
