@@ -199,6 +199,17 @@ def test_tiny_imagenet_that_lacks_something(gone: str, added: str, message: str,
     assert snapshot(tmp_path / "data") == {}
 
 
+def test_tiny_imagenet_whose_val_lacks_a_class(tmp_path: Path) -> None:
+    files, annotations = tiny_files(), "tiny-imagenet-200/val/val_annotations.txt"
+    lines = files[annotations].splitlines(keepends=True)
+    files[annotations] = b"".join(line for number, line in enumerate(lines) if number % 3)
+    for number in (0, 3):
+        del files[f"tiny-imagenet-200/val/images/val_{number}.JPEG"]
+    with pytest.raises(ValueError, match="wnids.txt, train and val do not have the same classes"):
+        prepare("tiny-imagenet", tmp_path / "data", write_files(tmp_path / "t", files))
+    assert snapshot(tmp_path / "data") == {}
+
+
 def test_imagenet(tmp_path: Path) -> None:
     source = imagenet_archives(tmp_path / "source")
     before = snapshot(source)
