@@ -205,7 +205,7 @@ def test_tiny_imagenet_whose_val_lacks_a_class(tmp_path: Path) -> None:
     files[annotations] = b"".join(line for number, line in enumerate(lines) if number % 3)
     for number in (0, 3):
         del files[f"tiny-imagenet-200/val/images/val_{number}.JPEG"]
-    with pytest.raises(ValueError, match="wnids.txt, train and val do not have the same classes"):
+    with pytest.raises(ValueError, match=r"wnids\.txt, train and val do not have the same classes"):
         prepare("tiny-imagenet", tmp_path / "data", write_files(tmp_path / "t", files))
     assert snapshot(tmp_path / "data") == {}
 
