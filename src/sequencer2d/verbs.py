@@ -125,7 +125,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("paths", nargs="+", help="image files, folders, or - for an image on standard input")
     parser.add_argument("--top_k", type=int, default=5, help="classes per image")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
-    parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl or .csv")
+    parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl, .csv or .parquet")
     options = parser.parse_args(arguments)
     failed = 0
 
@@ -313,6 +313,7 @@ def _prepare_shards(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     root = Path(options.root).expanduser()
     data = load_data(options.source, root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    there = (root / INDEX).is_file()
     with _progress_bar("images") as advance:
         shards = write_shards(data, root, images_per_shard=options.images_per_shard, progress=advance)
     for split in dict.fromkeys(shard.split for shard in shards):
@@ -320,6 +321,8 @@ def _prepare_shards(arguments: list[str]) -> int:
         images, size = sum(shard.num_images for shard in chosen), sum(shard.size for shard in chosen)
         print(f"{split:<6} {images:,} images in {len(chosen):,} shards, {size / 1e6:,.1f} MB")
     print(f"list   {root / INDEX}")
+    if there:
+        print("note: it was there already and is unchanged; to make it anew, remove it first")
     return DONE
 
 

@@ -4,6 +4,7 @@ Order and augmentation are functions of (seed, epoch, position) alone, whatever 
 can be repeated, and continued inside an epoch.
 """
 
+import gc
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -156,7 +157,11 @@ class ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         yield from super().__iter__()
         if isinstance(self.batch_sampler, Streamed) and self.batch_sampler.failure:
-            raise self.batch_sampler.failure
+            failure, self.batch_sampler.failure = self.batch_sampler.failure, None
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback has this frame: a circle, which would keep the workers alive
 
 
 class TrainLoader(ImageLoader):
@@ -189,7 +194,7 @@ class TrainLoader(ImageLoader):
             batch_sampler=self.batches,
             collate_fn=as_it_is,
             num_workers=num_workers,
-            worker_init_fn=leave_ctrl_c_to_main,
+            worker_init_fn=begin_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -231,7 +236,7 @@ def eval_loader(
         batch_sampler=keys,
         collate_fn=as_it_is,
         num_workers=num_workers,
-        worker_init_fn=leave_ctrl_c_to_main,
+        worker_init_fn=begin_worker,
     )
 
 
@@ -302,6 +307,12 @@ class CachedImages(ImageSet):
         return image
 
 
-def leave_ctrl_c_to_main(worker: int) -> None:
-    """A terminal sends Ctrl-C to the workers too, which must live until the main process has finished its update."""
+def begin_worker(worker: int) -> None:
+    """Leaves to the main process what is its own: Ctrl-C, and the end of what it had when it forked.
+
+    A terminal sends Ctrl-C to the workers too, which must live until the main process has finished its update. And were
+    a worker to collect the main process's garbage, a loader's old iterator in it would close the files, and release the
+    locks, of workers that are not its own: "Bad file descriptor", or a loader that waits for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
