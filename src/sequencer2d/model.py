@@ -104,9 +104,10 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w D"]:
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, h, w, D]`."""
         x = self.downsample(x)
-        if self.grad_checkpointing:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
@@ -120,6 +121,8 @@ class Sequencer2D(nn.Module):
     Example: `Sequencer2D(SequencerConfig(layers=(2,), patch_sizes=(4,), embed_dims=(64,), hidden_sizes=(16,),
     mlp_ratios=(3.0,)))(torch.randn(1, 3, 32, 32)).shape == (1, 1000)`
     """
+
+    __jit_unused_properties__ = ("num_classes", "in_chans")  # TorchScript cannot read a dataclass
 
     default_cfg: dict[str, Any]
     pretrained_cfg: dict[str, Any]
@@ -215,15 +218,16 @@ class Sequencer2D(nn.Module):
         """Channels of the image."""
         return self.config.in_chans
 
-    def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
-        """Normalised feature map of the last stage, channels-last."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised feature map of the last stage, channels-last: `[B, C, H, W]` to `[B, h, w, D]`."""
         return self.norm(self.stages(self.shuffle(self.pos_embed(self.stem(x)))))
 
-    def forward_head(self, x: Float[Tensor, "B h w D"], pre_logits: bool = False) -> Float[Tensor, "..."]:
-        """Logits of a feature map, or the pooled features before the classifier."""
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits `[B, num_classes]` of a feature map `[B, h, w, D]`, or the pooled features before the classifier."""
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "..."]:
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
 
     # What timm asks of its models (timm/models/_features.py, timm/optim/_param_groups.py; docs/models.md).
