@@ -2,7 +2,7 @@
 
 Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size per direction.
 Feature maps are channels-last, `[B, H, W, C]`; images are `[B, C, H, W]`. Parameter names are timm's.
-TorchScript, which timm's users may want, knows no annotations of shapes and no modules as arguments: hence the style.
+So that `torch.jit.script` reads them too, forward passes have their shapes in words and take no modules as arguments.
 """
 
 import torch
