@@ -5,9 +5,10 @@ Shapes: `B` batch, `H` rows, `W` columns, `C` channels. Feature maps are channel
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from jaxtyping import Float
@@ -64,12 +65,14 @@ class SequencerConfig:
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(field.name, field.type, getattr(self, field.name)))
         stages = len(self.layers)
         for name in ("layers", "patch_sizes", "embed_dims", "hidden_sizes", "mlp_ratios"):
             values = getattr(self, name)
             if len(values) != stages or not stages:
                 raise ValueError(f"{name} has {len(values)} entries, layers has {stages}; give one per stage")
-            if min(values) <= 0:
+            if not all(0 < value < math.inf for value in values):
                 raise ValueError(f"{name}={values} must be positive")
         if self.num_classes < 0 or self.in_chans < 1:
             raise ValueError(f"num_classes={self.num_classes} must be ≥ 0 and in_chans={self.in_chans} ≥ 1")
@@ -93,6 +96,26 @@ class SequencerConfig:
             )
         if self.stem_widths and self.stem_widths[-1] != self.embed_dims[0]:
             raise ValueError(f"stem_widths={self.stem_widths} must end in embed_dims[0]={self.embed_dims[0]}")
+
+
+def _plain(name: str, kind: Any, value: Any) -> Any:
+    """A value of a field in Python's own type: numbers of numpy become int and float, lists tuples.
+
+    Raises:
+        ValueError: It is of another kind than the field.
+    """
+    if get_origin(kind) is tuple:
+        if not isinstance(value, Iterable) or isinstance(value, str | dict):
+            raise ValueError(f"{name}={value!r} must be a list of numbers, such as {name}=[2, 2]")
+        return tuple(_plain(f"{name}[{i}]", get_args(kind)[0], number) for i, number in enumerate(value))
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if kind not in (int, float) and isinstance(value, bool if kind is bool else str):
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "True or False"}.get(kind, "a text")
+    raise ValueError(f"{name}={value!r} must be {wanted}")
 
 
 class Stage(nn.Module):
