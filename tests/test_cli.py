@@ -131,7 +131,7 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
         "evaluate": "model --data --data-root --split --json",
         "predict": "model paths --top-k --output",
         "prepare": "name --root --source --val-fraction --seed",
-        "models": "contains",
+        "models": "contains --image-size",
         "check": "data --data-root --json --no-cache --workers",
     }[verb]
     for option in wanted.split():  # with an explanation, beside it or in the next line
@@ -169,8 +169,13 @@ def test_models_prints_what_an_image_costs(capsys: pytest.CaptureFixture[str], m
     shown = capsys.readouterr().out
     assert "sequencer2d_xs" not in shown
     assert re.search(r"^sequencer2d_conv_t_patch4_32 +2\.08 M +448² +10\.7\d G", shown, re.MULTILINE)
-    assert main(["models", "--image-size", "0"]) == WRONG_INPUT
-    assert "--image-size 0" in capsys.readouterr().err
+    assert main(["models", "conv", "--image-size", "448x320"]) == DONE
+    assert re.search(r"^sequencer2d_conv_t_patch4_32 +2\.08 M 448×320 +7\.6\d G", capsys.readouterr().out, re.MULTILINE)
+    for size in ("0", "-3", "x", "448x", "448x0", "448x320x3", "448.5"):
+        assert main(["models", "--image-size", size]) == WRONG_INPUT
+        assert f"--image-size {size} must be a side in pixels" in capsys.readouterr().err
+    assert main(["models", "resnet"]) == WRONG_INPUT
+    assert "no model's name contains 'resnet'" in capsys.readouterr().err
 
 
 def make_pets(root: Path, count: int) -> Path:

@@ -18,7 +18,8 @@ from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.weights import ModelCard, find_model_file, load_model
+from sequencer2d.weights import ModelCard, load_model
+from sequencer2d.zoo import find_model_file
 
 
 @dataclass(frozen=True, kw_only=True)

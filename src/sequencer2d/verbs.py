@@ -337,21 +337,25 @@ def models(arguments: list[str]) -> int:
         "memory of activations in fp32 (half of it in bf16) in training and in inference. More: docs/models.md.",
     )
     parser.add_argument("contains", nargs="?", default="", help="only names that contain this text")
-    parser.add_argument("--image_size", type=int, help="side of the image in pixels; default: the variant's")
+    parser.add_argument(
+        "--image_size", type=str, help="side in pixels, or height and width such as 448x320; default: the variant's"
+    )
     options = parser.parse_args(arguments)
-    if options.image_size is not None and options.image_size < 1:
-        raise ValueError(f"--image-size {options.image_size} must be at least 1")
+    given = None if options.image_size is None else _height_width(options.image_size)
+    names = list_models(options.contains)
+    if not names:
+        raise ValueError(f"no model's name contains {options.contains!r} (all: sequencer2d models)")
     headings = ("params", "image", "MACs", "MiB train", "MiB infer")
     numbers = (Column(heading, justify="right", no_wrap=True) for heading in headings)
     table = Table(Column("name", no_wrap=True), *numbers, "weights", box=None, padding=(0, 1, 0, 0))
-    for name in list_models(options.contains):
+    for name in names:
         variant = VARIANTS[name]
-        side = options.image_size or variant.image_size
-        cost = costs(variant.config, side)
+        height, width = given or (variant.image_size, variant.image_size)
+        cost = costs(variant.config, (height, width))
         table.add_row(
             name,
             f"{cost.parameters / 1e6:.2f} M",
-            f"{side}²",
+            f"{height}²" if height == width else f"{height}×{width}",
             f"{cost.macs / 1e9:.2f} G",
             f"{cost.training_activations * 4 / 2**20:.0f}",
             f"{cost.inference_activations * 4 / 2**20:.1f}",
@@ -359,6 +363,14 @@ def models(arguments: list[str]) -> int:
         )
     Console().print(table)
     return DONE
+
+
+def _height_width(text: str) -> tuple[int, int]:
+    """Of `448` or `448x320`. Raises ValueError for other texts."""
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:[x×]([1-9]\d{0,5}))?", text)
+    if not match:
+        raise ValueError(f"--image-size {text} must be a side in pixels such as 448, or height and width, 448x320")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def _percent(fraction: float | None) -> str:
