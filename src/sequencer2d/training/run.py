@@ -35,6 +35,10 @@ from sequencer2d.training.callbacks import (
     TrainingProgress,
 )
 from sequencer2d.training.config import TrainConfig, resolve
+from sequencer2d.training.distillation import Teacher, load_teacher
+from sequencer2d.training.early_stopping import StopWithoutImprovement
+from sequencer2d.training.finetune import follow_weights, freeze
+from sequencer2d.training.loggers import check_loggers, make_loggers
 from sequencer2d.training.machine import choose_precision, describe_machine, tune_allocator
 from sequencer2d.training.recipes import config_from_yaml
 from sequencer2d.training.task import SequencerTask
@@ -45,7 +49,7 @@ from sequencer2d.zoo import create_model, get_variant
 log = logging.getLogger("sequencer2d")
 
 _LIGHTNING_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-_MAY_CHANGE = {"run_dir", "resume", "num_workers", "log_every", "data_root"}
+_MAY_CHANGE = {"run_dir", "resume", "num_workers", "log_every", "data_root", "loggers"}
 """Fields that a continued run may have otherwise than the stopped one."""
 _NUM_SAMPLES = 24
 
@@ -81,7 +85,8 @@ def train(config: TrainConfig) -> TrainResult:
     resumed_run = None if config.resume in ("auto", "never") else _run_of(Path(config.resume))
     if resumed_run:
         config = _load_config(resumed_run)
-    data = load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed)
+    check_loggers(config.loggers)
+    data = _load_data(config)
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
     config = _resolve(config, data)
@@ -96,10 +101,11 @@ def train(config: TrainConfig) -> TrainResult:
     if len(run.images("train")) < 2 or not len(run.images("val")):
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
     model = run.create_model()
+    teacher = load_teacher(config.distill, data.class_names)
     precision, reason = choose_precision(config.precision)
     log.info("precision %s: %s", precision, reason)
     run.write_description()
-    task, stopped = _fit(run, model, precision, checkpoint)
+    task, stopped = _fit(run, model, teacher, precision, checkpoint)
     result = TrainResult(
         run_dir=run_dir,
         finished=not stopped,
@@ -108,6 +114,22 @@ def train(config: TrainConfig) -> TrainResult:
         minutes=task.clock.elapsed_s / 60,
     )
     return result if stopped else _finish(run, task, result)
+
+
+def finished_run(config: TrainConfig) -> dict[str, Any] | None:
+    """What `result.json` of `config.run_dir` says, if that run is finished; else None.
+
+    Raises:
+        ValueError: It was trained by another config.
+    """
+    assert config.run_dir is not None
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "result.json").exists():
+        return None
+    changed = _changed_fields(_load_config(run_dir), _resolve(config, _load_data(config)))
+    if changed:
+        raise ValueError(f"{run_dir} holds a finished run of another config ({', '.join(changed)})")
+    return json.loads((run_dir / "result.json").read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +164,7 @@ class _Run:
         if self.config.weights:
             notes = load_weights_into(model, self.config.weights, self.data.class_names)
             log.info("weights from %s%s", self.config.weights, "".join(f"; {note}" for note in notes))
+        freeze(model, self.config.finetune.freeze)
         return model
 
     def write_description(self) -> None:
@@ -155,6 +178,7 @@ class _Run:
 
     def card(self, model: Sequencer2D, results: dict[str, Any]) -> ModelCard:
         origin = {name: getattr(self.config, name) for name in ("data", "data_root", "val_fraction", "seed")}
+        origin["split_seed"] = self.config.seed_of_split
         return ModelCard(
             architecture=self.config.model,
             config=model.config,
@@ -164,7 +188,12 @@ class _Run:
         )
 
 
+def _load_data(config: TrainConfig) -> ImageData:
+    return load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed_of_split)
+
+
 def _resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
+    config = follow_weights(config)
     name = config.model if config.model != "auto" else _default_model(data)
     variant = get_variant(name)
     image_size = config.image_size or variant.image_size
@@ -252,7 +281,9 @@ def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
     return [name for name in before if name not in _MAY_CHANGE and before[name] != after[name]]
 
 
-def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tuple[SequencerTask, bool]:
+def _fit(
+    run: _Run, model: Sequencer2D, teacher: Teacher | None, precision: str, checkpoint: Path
+) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop; the checkpoint that is there is continued."""
     config = run.config
     small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
@@ -271,10 +302,11 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
     val_loader = eval_loader(
         val_images, EvalTransform(run.preprocessing), batch_size=config.batch_size, num_workers=workers
     )
-    task = SequencerTask(model, config, run.preprocessing, len(train_loader))
+    task = SequencerTask(model, config, run.preprocessing, len(train_loader), teacher)
 
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
         results = {
+            "which": "best",
             "val_top1": metrics["valid_acc"],
             "epochs": round(metrics["epoch"], 3),
             "updates": int(metrics["updates"]),
@@ -290,6 +322,8 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
         log.info("continuing %s after %d updates", run.run_dir, saved["global_step"])
     else:
         metrics_file.path.unlink(missing_ok=True)
+    loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint.exists())
+    patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
     with warnings.catch_warnings():
         _ignore_lightning_advice()
         trainer = pl.Trainer(
@@ -304,9 +338,9 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
-            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard")],
+            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard"), *loggers],
             plugins=[AtomicCheckpointIO()],
-            callbacks=[TrainingProgress(), StopOnSignal(checkpoint), KeepBest(checkpoint, save_best)],
+            callbacks=[TrainingProgress(), StopOnSignal(checkpoint), *patience, KeepBest(checkpoint, save_best)],
         )
         torch.set_flush_denormal(True)
         try:
@@ -338,6 +372,8 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     """Evaluates the best weights once, and writes model file, samples, report and result."""
     path = run.run_dir / "model.safetensors"
     model, card = load_model(path)
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    _save_last(run, task, rows)
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
@@ -349,7 +385,6 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     samples = _samples(run, images, answers)
     _write_samples(run.run_dir / "samples", samples)
     environment = json.loads((run.run_dir / "environment.json").read_text())
-    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     write_report(
         run.run_dir / "report.html",
         title=run.run_dir.name,
@@ -366,6 +401,20 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
         json.dumps({**asdict(result), "run_dir": str(result.run_dir)}, indent=2),
     )
     return result
+
+
+def _save_last(run: _Run, task: SequencerTask, rows: list[dict[str, Any]]) -> None:
+    """The weights after the last update, as a model file beside the best ones."""
+    validation = next(row for row in reversed(rows) if "valid_acc" in row)
+    results = {
+        "which": "last",
+        "val_top1": validation["valid_acc"],
+        "epochs": round(validation["epoch"], 3),
+        "updates": task.global_step,
+        "minutes": task.clock.elapsed_s / 60,
+    }
+    model = task.evaluated_model
+    save_model(model, run.card(model, results), run.run_dir / "last.safetensors")
 
 
 def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dict[str, str]:

@@ -21,7 +21,10 @@ from sequencer2d.data.transforms import normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.distillation import Teacher
+from sequencer2d.training.finetune import scale_by_layer
 from sequencer2d.training.muon import Muon, muon_groups
+from sequencer2d.training.progressive import resized, size_in
 from sequencer2d.training.schedule import Clock, learning_rate
 
 log = logging.getLogger("sequencer2d")
@@ -38,13 +41,20 @@ class SequencerTask(pl.LightningModule):
     """
 
     def __init__(
-        self, model: Sequencer2D, config: TrainConfig, preprocessing: Preprocessing, batches_per_epoch: int
+        self,
+        model: Sequencer2D,
+        config: TrainConfig,
+        preprocessing: Preprocessing,
+        batches_per_epoch: int,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.preprocessing = preprocessing
         self.batches_per_epoch = batches_per_epoch
+        self.teacher = teacher
+        self.stride = math.prod(model.config.patch_sizes)
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
         self.ema = ModelEmaV3(model, config.optim.ema_decay, use_warmup=True) if config.optim.ema_decay else None
         if self.ema:
@@ -64,6 +74,11 @@ class SequencerTask(pl.LightningModule):
         return self.ema.module if self.ema else self.model  # type: ignore[return-value]
 
     @property
+    def schedule_epoch(self) -> int:
+        """Whole epochs done; where a budget of time ends the run sooner, as many as its schedule is through."""
+        return math.floor(self.clock.progress(self.global_step) * self.total_epochs + 1e-6)
+
+    @property
     def images_per_s(self) -> float:
         """Training images per second since the epoch began, loading included."""
         return self.images_seen / (time.monotonic() - self.epoch_started)
@@ -73,9 +88,11 @@ class SequencerTask(pl.LightningModule):
         optim, undecayed = self.config.optim, self.model.no_weight_decay()
         if optim.optimizer == "muon":
             groups = muon_groups(self.model, optim.weight_decay, undecayed)
+            groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
             return Muon(groups, optim.learning_rate or 0.0, momentum=optim.momentum, betas=optim.betas, dtype=dtype)
         groups = param_groups_weight_decay(self.model, optim.weight_decay, no_weight_decay_list=undecayed)
+        groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
         fused = self.trainer.precision != "16-mixed"  # fused, it unscales fp16 gradients only after the clipping
         return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=fused)
 
@@ -83,6 +100,10 @@ class SequencerTask(pl.LightningModule):
         """Clips the norm over all parameters. (Lightning's own refuses fused optimisers in mixed precision.)"""
         if self.config.optim.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
+
+    def on_fit_start(self) -> None:
+        if self.teacher:
+            self.teacher.model.to(self.device)
 
     def on_train_start(self) -> None:
         self.clock.start()
@@ -100,12 +121,19 @@ class SequencerTask(pl.LightningModule):
         self.note_skipped(batch)
         if not len(batch.images):
             return None
-        images, targets = self.mixing(normalize(batch.images, self.preprocessing), batch.labels)
-        loss = F.cross_entropy(self.model(images).float(), targets)
+        epoch = self.schedule_epoch
+        images = normalize(batch.images, self.preprocessing)
+        images = resized(images, size_in(epoch, self.config.progressive, self.preprocessing.image_size, self.stride))
+        mix = epoch < self.total_epochs - self.config.augment.mixing_off_epochs
+        images, targets = self.mixing(images, batch.labels, mix=mix)
+        logits = self.model(images).float()
+        loss = F.cross_entropy(logits, targets)
+        if self.teacher:
+            loss = self.teacher.blend(loss, logits, images, self.preprocessing)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss became {loss.item()} at update {self.global_step}; "
-                f"lower --optim.learning-rate (now {self.optimizers().param_groups[0]['lr']:.2g}), "  # type: ignore
+                f"lower --optim.learning-rate (now {self.optimizers().param_groups[-1]['lr']:.2g}), "  # type: ignore
                 "set --optim.clip-grad-norm 1, or try --precision fp32"
             )
         self.images_seen += len(images)
@@ -116,7 +144,7 @@ class SequencerTask(pl.LightningModule):
         progress = self.clock.progress(self.global_step)
         rate = learning_rate(progress * self.total_epochs, self.config.epochs, self.config.optim)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.log("learning_rate", rate)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
