@@ -17,13 +17,15 @@ from sequencer2d.training.task import SequencerTask
 COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 
 
-def make_images(root: Path, colours: dict[str, tuple[int, int, int]] = COLOURS, count: int = 12) -> Path:
-    """Noisy one-coloured squares of 16 pixels, a class folder per colour."""
+def make_images(
+    root: Path, colours: dict[str, tuple[int, int, int]] = COLOURS, count: int = 12, side: int = 16
+) -> Path:
+    """Noisy one-coloured squares, a class folder per colour."""
     generator = np.random.RandomState(0)
     for name, colour in colours.items():
         (root / name).mkdir(parents=True)
         for number in range(count):
-            noise = generator.randint(-40, 40, (16, 16, 3))
+            noise = generator.randint(-40, 40, (side, side, 3))
             Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
                 root / name / f"{number:02d}.png"
             )

@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import make_images, rows, stop_at, tiny_run
 from safetensors.torch import load_file
 
+from runs import make_images, rows, stop_at, tiny_run
 from sequencer2d import files
 from sequencer2d.data.check import check_folder
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
-from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
+from sequencer2d.training.config import AugmentConfig, TrainConfig
 from sequencer2d.training.muon import Muon
 from sequencer2d.training.run import train
-from sequencer2d.training.task import SequencerTask, TrainingError
+from sequencer2d.training.task import TrainingError
 from sequencer2d.weights import ModelFileError, load_model
 
 
