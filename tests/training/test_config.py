@@ -79,6 +79,7 @@ def test_the_learning_rate_follows_the_images_per_update() -> None:
         ("num_workers", -1),
         ("seed", -1),
         ("seed", 2**32),
+        ("split_seed", -1),
         ("augment.scale", (0.0, 1.0)),
         ("augment.scale", (0.9, 0.1)),
         ("augment.ratio", (2.0, 1.0)),

@@ -151,5 +151,6 @@ def _timms(name: str, num_classes: int, config: DistillConfig) -> tuple[Teacher,
     described: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     _, height, width = described["input_size"]
     names = tuple(described.get("label_names") or ())
-    teacher = Teacher(model, mean=described["mean"], std=described["std"], size=(height, width), config=config)
+    mean, std = (tuple(described[key]) for key in ("mean", "std"))
+    teacher = Teacher(model, mean=mean, std=std, size=(height, width), config=config)
     return teacher, names if len(names) == model.num_classes else ()
