@@ -54,9 +54,17 @@ class Recorder(Logger):
         self.settings: dict[str, Any] = {}
         self.metrics: list[dict[str, float]] = []
         self.run_id = options.get("run_id") or "new"
+        self.finished = False
         Recorder.made.append(self)
 
     name = version = "recorder"  # type: ignore[assignment]
+
+    @property
+    def experiment(self) -> "Recorder":
+        return self
+
+    def finish(self) -> None:
+        self.finished = True
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.metrics.append(metrics)
@@ -71,7 +79,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
     monkeypatch.setattr(loggers, "WandbLogger", Recorder)
     monkeypatch.setattr(loggers, "MLFlowLogger", Recorder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    for name in ("WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+    monkeypatch.setattr(loggers, "TRACKING_URI", None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///of/the/run/before.db")
+    for name in ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     return Recorder
 
@@ -84,6 +94,7 @@ def test_others_get_the_settings_and_all_metrics(config: TrainConfig, recorder: 
     )  # fmt: skip
     assert (mlflow.options["experiment_name"], mlflow.options["run_name"]) == ("sequencer2d", "run")
     assert mlflow.options["tracking_uri"] == f"sqlite:///{run_dir}/mlflow.db"
+    assert wandb.finished  # or the next run of this process would be written into it
     for logger in recorder.made:
         assert logger.settings["optim"]["learning_rate"] == 1e-2
         assert len(logger.metrics) == len(rows(run_dir))

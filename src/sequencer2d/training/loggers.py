@@ -14,6 +14,8 @@ from sequencer2d.files import write_atomic
 
 PROJECT = "sequencer2d"
 """Where Weights & Biases and MLflow put the runs, unless `WANDB_PROJECT` or `MLFLOW_EXPERIMENT_NAME` says otherwise."""
+TRACKING_URI = os.environ.get("MLFLOW_TRACKING_URI")
+"""As it was at first: MLflow sets it to what a run uses, which the next run of this process must not take over."""
 _IDS = "loggers.json"
 
 
@@ -41,7 +43,8 @@ def make_loggers(names: Iterable[str], run_dir: Path, settings: dict[str, Any], 
     known = json.loads(ids.read_text()) if continued and ids.exists() else {}
     loggers = []
     for name in dict.fromkeys(names):
-        logger, known[name] = make[name](run_dir, known.get(name))
+        logger, run_id = make[name](run_dir, known.get(name))
+        known |= {name: run_id} if run_id else {}
         logger.log_hyperparams(settings)
         loggers.append(logger)
     if known:
@@ -49,7 +52,14 @@ def make_loggers(names: Iterable[str], run_dir: Path, settings: dict[str, Any], 
     return loggers
 
 
-def _csv(run_dir: Path, run_id: str | None) -> tuple[Logger, str]:
+def close_loggers(loggers: Iterable[Logger]) -> None:
+    """Ends what Lightning leaves open: the next run of this process would write into this one's at W&B."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+def _csv(run_dir: Path, run_id: str | None) -> tuple[Logger, None]:
     """`csv/metrics.csv`, made anew from `metrics.jsonl`: Lightning's would lose what it wrote before a stop."""
     for old in (run_dir / "csv").glob("*"):
         old.unlink()
@@ -58,7 +68,7 @@ def _csv(run_dir: Path, run_id: str | None) -> tuple[Logger, str]:
     for line in file.read_text().splitlines() if file.exists() else ():
         row = json.loads(line)
         logger.log_metrics(row, row.pop("step"))
-    return logger, "csv"
+    return logger, None
 
 
 def _wandb(run_dir: Path, run_id: str | None) -> tuple[Logger, str]:
@@ -71,7 +81,7 @@ def _mlflow(run_dir: Path, run_id: str | None) -> tuple[Logger, str]:
     logger = MLFlowLogger(
         experiment_name=os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT),
         run_name=run_dir.name,
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve() / 'mlflow.db'}",
+        tracking_uri=TRACKING_URI or f"sqlite:///{run_dir.resolve() / 'mlflow.db'}",
         run_id=run_id,
     )
     assert logger.run_id is not None

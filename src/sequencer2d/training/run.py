@@ -38,7 +38,7 @@ from sequencer2d.training.config import TrainConfig, resolve
 from sequencer2d.training.distillation import Teacher, load_teacher
 from sequencer2d.training.early_stopping import StopWithoutImprovement
 from sequencer2d.training.finetune import follow_weights, freeze
-from sequencer2d.training.loggers import check_loggers, make_loggers
+from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
 from sequencer2d.training.machine import choose_precision, describe_machine, tune_allocator
 from sequencer2d.training.recipes import config_from_yaml
 from sequencer2d.training.task import SequencerTask
@@ -355,6 +355,7 @@ def _fit(
             return task, True
         finally:
             torch.set_flush_denormal(False)  # as it is by default
+            close_loggers(loggers)
     return task, False
 
 
