@@ -127,7 +127,9 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
     out = capsys.readouterr().out
     wanted = {
         "train": "--config --model --data --data-root --epochs --max-minutes --batch-size --seed --run-dir --resume "
-        "--precision --backend --optim.learning-rate --augment.mixup-alpha",
+        "--precision --backend --optim.learning-rate --augment.mixup-alpha --augment.mixing-off-epochs "
+        "--finetune.freeze --finetune.layer-decay --distill.teacher --progressive.start-size --early-stopping "
+        "--seeds --loggers",
         "evaluate": "model --data --data-root --split --json",
         "predict": "model paths --top-k --output",
         "prepare": "name --root --source --val-fraction --seed",

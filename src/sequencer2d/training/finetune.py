@@ -34,6 +34,9 @@ def freeze(model: Sequencer2D, what: str) -> None:
         module.eval()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"finetune.freeze={what} leaves nothing to train; freeze less")
+    if what != "none":
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        log.info("%s frozen: %.2f M parameters are trained", what, trained / 1e6)
 
 
 def _parts(model: Sequencer2D, what: str) -> list[nn.Module]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
 
 from sequencer2d.files import write_atomic
 
@@ -27,7 +28,7 @@ def check_loggers(names: Iterable[str]) -> None:
 
 
 def make_loggers(names: Iterable[str], run_dir: Path, settings: dict[str, Any], *, continued: bool) -> list[Logger]:
-    """The loggers of a run. One that goes on writes on where it was, in the same run of Weights & Biases and MLflow.
+    """The loggers of a run, in its first process. A run that goes on is the same run of W&B and MLflow, too.
 
     Both keep their files in the run folder unless their own environment variables (`WANDB_MODE`, `MLFLOW_TRACKING_URI`)
     name a server; Weights & Biases without a login wants `WANDB_MODE=offline`.
@@ -38,6 +39,8 @@ def make_loggers(names: Iterable[str], run_dir: Path, settings: dict[str, Any], 
         settings: The resolved config, to be recorded with the metrics.
         continued: Whether the run goes on after a stop.
     """
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return []
     make = {"csv": _csv, "wandb": _wandb, "mlflow": _mlflow}
     ids = run_dir / _IDS
     known = json.loads(ids.read_text()) if continued and ids.exists() else {}
