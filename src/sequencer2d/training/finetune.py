@@ -36,7 +36,7 @@ def freeze(model: Sequencer2D, what: str) -> None:
         raise ValueError(f"finetune.freeze={what} leaves nothing to train; freeze less")
     if what != "none":
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        log.info("%s frozen: %.2f M parameters are trained", what, trained / 1e6)
+        log.info("%s frozen: %s parameters are trained", what, f"{trained:,}")
 
 
 def _parts(model: Sequencer2D, what: str) -> list[nn.Module]:
