@@ -56,6 +56,9 @@ def test_it_waits_for_so_many_validations_in_a_row(
     assert epochs_of(result.run_dir) == 6
     assert result.val_top1 == pytest.approx(0.6)
     assert "stopped after epoch 6: 2 validations without a better one" in caplog.messages
+    callbacks = torch.load(result.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    (state,) = (state for name, state in callbacks.items() if "StopWithoutImprovement" in name)
+    assert state["wait_count"] == 2
 
 
 def test_without_it_all_epochs_are_trained(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
