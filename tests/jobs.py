@@ -1,6 +1,5 @@
 """Trainings in processes of their own, which can be killed, limited and counted as ranks."""
 
-import json
 import os
 import signal
 import socket
@@ -9,11 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from PIL import Image
-
-COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
 
 _SCRIPT = """
 import os, signal, sys
@@ -35,19 +30,6 @@ def training_step(self, *arguments):
 SequencerTask.training_step = training_step
 sys.exit(main(sys.argv[4:]))
 """
-
-
-def make_images(root: Path, colours: dict[str, tuple[int, int, int]] = COLOURS, count: int = 12) -> Path:
-    """Noisy one-coloured squares of 16 pixels, a class folder per colour."""
-    generator = np.random.RandomState(0)
-    for name, colour in colours.items():
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            noise = generator.randint(-40, 40, (16, 16, 3))
-            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
-                root / name / f"{number:02d}.png"
-            )
-    return root
 
 
 class Job:
@@ -123,9 +105,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of a run but for those that a clock makes."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("elapsed_s", "images_per_s")} for line in lines]

@@ -127,7 +127,9 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
     out = capsys.readouterr().out
     wanted = {
         "train": "--config --model --data --data-root --epochs --max-minutes --batch-size --seed --run-dir --resume "
-        "--precision --backend --optim.learning-rate --augment.mixup-alpha",
+        "--precision --backend --optim.learning-rate --augment.mixup-alpha --augment.mixing-off-epochs "
+        "--finetune.freeze --finetune.layer-decay --distill.teacher --progressive.start-size --early-stopping "
+        "--seeds --loggers",
         "evaluate": "model --data --data-root --split --json",
         "predict": "model paths --top-k --output",
         "prepare": "name --root --source --val-fraction --seed",
@@ -272,4 +274,4 @@ def test_a_signal_stops_with_status_75_and_the_run_can_go_on(
         assert process.wait(timeout=60) == STOPPED
     assert f"sequencer2d train --resume {tmp_path / 'run'}" in rest
     assert "Traceback" not in rest
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sequencer2d.prediction import predict
     from sequencer2d.training.config import TrainConfig
     from sequencer2d.training.run import train
+    from sequencer2d.training.seeds import train_seeds
     from sequencer2d.weights import from_pretrained, load_model, push_to_hub, save_model
     from sequencer2d.zoo import create_model, list_models
 
@@ -27,6 +28,7 @@ _HOME = {
     "push_to_hub": "sequencer2d.weights",
     "save_model": "sequencer2d.weights",
     "train": "sequencer2d.training.run",
+    "train_seeds": "sequencer2d.training.seeds",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "push_to_hub",
     "save_model",
     "train",
+    "train_seeds",
 ]
 
 

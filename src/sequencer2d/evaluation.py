@@ -84,7 +84,7 @@ def evaluate(
         data or trained["data"],
         root=data_root or (trained.get("data_root") if data is None else None),
         val_fraction=trained.get("val_fraction", 0.1),
-        seed=trained.get("seed", 0),
+        seed=trained.get("split_seed", trained.get("seed", 0)),
     )
     check_classes(card, images)
     run_dir = find_model_file(model).parent

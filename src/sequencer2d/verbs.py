@@ -20,6 +20,7 @@ from sequencer2d.files import write_atomic
 
 if TYPE_CHECKING:
     from sequencer2d.data.check import Report
+    from sequencer2d.training.config import TrainConfig
 
 
 class VerbParser(ArgumentParser):
@@ -53,6 +54,8 @@ def train(arguments: list[str]) -> int:
     tune_allocator()  # before torch is imported
     parser = VerbParser("sequencer2d train", description="Train a Sequencer2D; without options: the embedded digits.")
     add_config_options(parser)
+    seeds_help = "train with each of these seeds, such as 0,1,2, and sum up"
+    parser.add_argument("--seeds", type=str | None, default=None, help=seeds_help)
     given = [argument.partition("=")[0] for argument in arguments]
     if not {"--config", "--data", "--resume"} & set(given):
         arguments = ["--config", "digits", *arguments]
@@ -63,9 +66,12 @@ def train(arguments: list[str]) -> int:
             arguments[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
     options = parser.parse_args(arguments)
     del options["config"]
+    seeds = options.pop("seeds")
     from sequencer2d.training.config import TrainConfig
 
     config = TrainConfig(**parser.instantiate(options).as_dict())
+    if seeds is not None:
+        return _train_seeds(config, seeds)
     from sequencer2d.training.ranks import is_first_process
     from sequencer2d.training.run import train as run_training
 
@@ -86,6 +92,25 @@ def train(arguments: list[str]) -> int:
         print(f"{len(result.skipped)} images could not be read; result.json and the report name them")
     print(f"model  {result.run_dir / 'model.safetensors'}")
     print(f"report {result.run_dir / 'report.html'}")
+    return DONE
+
+
+def _train_seeds(config: "TrainConfig", seeds: str) -> int:
+    """`sequencer2d train --seeds`"""
+    from sequencer2d.training.seeds import HEADINGS, train_seeds
+
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise ValueError(f"--seeds {seeds}: give whole numbers with commas between them, such as 0,1,2")
+    _log_to_screen()
+    result = train_seeds(config, [int(seed) for seed in seeds.split(",")])
+    if not result.finished:
+        print(f"stopped after {len(result.runs)} seeds; continue with the same command", file=sys.stderr)
+        return STOPPED
+    table = Table(*(Column(heading, justify="right") for heading in HEADINGS), box=None)
+    for row in result.rows():
+        table.add_row(*row)
+    Console().print(table)
+    print(f"seeds  {result.run_dir / 'seeds.json'}")
     return DONE
 
 

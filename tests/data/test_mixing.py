@@ -89,6 +89,14 @@ def test_without_mixing_the_loss_is_torchs_with_label_smoothing(options: dict[st
     torch.testing.assert_close(F.cross_entropy(logits, targets), F.cross_entropy(logits, labels, label_smoothing=0.1))
 
 
+def test_mixing_can_be_left_out_and_smoothing_stays() -> None:
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    mixing = BatchMixing(AugmentConfig(random_erasing=0.0, mixup_alpha=0.8, cutmix_alpha=1.0), 4)
+    same, targets = mixing(images.clone(), labels, mix=False)
+    assert torch.equal(same, images)
+    assert torch.allclose(targets, 0.9 * torch.eye(4) + 0.1 / 4)
+
+
 def test_mix_prob_is_the_share_of_mixed_batches() -> None:
     seed_generators(0)
     pairs = [mix(4, 4, mixup_alpha=1.0, mix_prob=0.3) for _ in range(300)]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import Job, make_images, rows
+from jobs import Job
+from runs import make_images, rows
 from sequencer2d.training.checkpoints import (
     CheckpointError,
     CheckpointFolder,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import make_images, rows
+from runs import make_images, rows
 from sequencer2d.data import loaders
 from sequencer2d.model import Sequencer2D
 from sequencer2d.training import callbacks

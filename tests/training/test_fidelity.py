@@ -254,8 +254,8 @@ class Traced(pl.Callback):
         self.trace = trace = Trace()
 
         class TracedMixing(BatchMixing):
-            def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-                images, targets = super().__call__(images, labels)
+            def __call__(self, images: Tensor, labels: Tensor, *, mix: bool = True) -> tuple[Tensor, Tensor]:
+                images, targets = super().__call__(images, labels, mix=mix)
                 trace.targets.append(targets)
                 return images, targets
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from jobs import Job, make_images, rows
+from jobs import Job
+from runs import make_images, rows
 from sequencer2d.data.loaders import ShuffledBatches
 from sequencer2d.training.ranks import Ranks
 

@@ -42,14 +42,14 @@ class BatchMixing:
         return images
 
     def __call__(
-        self, images: Float[Tensor, "B C H W"], labels: Int64[Tensor, "B"]
+        self, images: Float[Tensor, "B C H W"], labels: Int64[Tensor, "B"], *, mix: bool = True
     ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B K"]]:
         """Mixed images and their soft targets, each row of which sums to 1. `images` may be changed in place.
 
-        timm mixes pairs, so the last image of an odd batch stays itself. What is drawn does not depend on the size of
-        the batch, so that shares of one are mixed alike.
+        timm mixes pairs, so the last image of an odd batch stays itself. With `mix` off, all of them do. What is drawn
+        does not depend on the size of the batch, so that shares of one are mixed alike.
         """
-        if self.mixup is None:
+        if self.mixup is None or not mix:
             return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
         even = len(images) - len(images) % 2
         if even == len(images):

@@ -135,7 +135,7 @@ class Checkpoints(pl.Callback):
         assert isinstance(pl_module, SequencerTask)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if math.isnan(metrics["val_loss"]):
-            raise TrainingError("not one validation image could be read, or the model's answers are no numbers")
+            raise TrainingError("not one validation image could be read; see the skipped ones above")
         if metrics["valid_acc"] > self.best:
             self.best = metrics["valid_acc"]
             self.save_best(pl_module, {**metrics, "updates": trainer.global_step})

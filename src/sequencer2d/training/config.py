@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig, check_range
+from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class TrainConfig:
     """Trains a Sequencer2D. Without any option: the embedded digits, on the CPU, in about a minute."""
 
     model: str = "auto"
-    """A name from `sequencer2d models`, or auto: by the size of the images."""
+    """A name from `sequencer2d models`, or auto: that of --weights, or else by the size of the images."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Changes to the architecture, such as --model-args.drop_path_rate 0.1 or --model-args.layers [2,2]."""
     weights: str | None = None
@@ -88,6 +89,11 @@ class TrainConfig:
     """Steps per update of the weights."""
     augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 - frozen
     optim: OptimConfig = OptimConfig()
+    finetune: FinetuneConfig = FinetuneConfig()  # noqa: RUF009
+    distill: DistillConfig = DistillConfig()  # noqa: RUF009
+    progressive: ProgressiveConfig = ProgressiveConfig()  # noqa: RUF009
+    early_stopping: int | None = None
+    """Stop after so many validations without a better one; never by default."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -102,6 +108,8 @@ class TrainConfig:
     """Implementation of the LSTMs; there is one so far."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
+    split_seed: int | None = None
+    """Of the split alone. Default: the seed."""
     num_workers: int | None = None
     """Processes that decode and augment, per machine. Default: by the size of the images and the number of cores."""
     run_dir: str | None = None
@@ -114,6 +122,8 @@ class TrainConfig:
     """How many of them are kept."""
     log_every: int = 10
     """Updates between two rows of metrics."""
+    loggers: tuple[Literal["csv", "wandb", "mlflow"], ...] = ()
+    """Records of the metrics besides metrics.jsonl and TensorBoard: [csv,wandb,mlflow]."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
@@ -133,11 +143,23 @@ class TrainConfig:
             raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes} must be a finite number ≥ 0")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        for name in ("seed", "split_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 2**32)")
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise ValueError(f"early_stopping={self.early_stopping} must be at least 1")
+        if self.finetune.freeze != "none" and self.weights is None:
+            raise ValueError(f"finetune.freeze={self.finetune.freeze} needs weights that are worth it; give --weights")
+        if (self.progressive.epochs or 0) > self.epochs:
+            raise ValueError(f"progressive.epochs={self.progressive.epochs} is longer than epochs={self.epochs}")
         warmup_epochs = self.optim.warmup_epochs or 0
         if warmup_epochs > self.epochs:
             raise ValueError(f"optim.warmup_epochs={warmup_epochs} is longer than epochs={self.epochs}")
+
+    @property
+    def seed_of_split(self) -> int:
+        """What the validation images are drawn with, where the data bring none."""
+        return self.seed if self.split_seed is None else self.split_seed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for YAML and JSON."""
@@ -149,6 +171,11 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
     small = image_size <= SMALL_IMAGE_SIZE
     augment, optim = config.augment, config.optim
     images_per_update = config.batch_size * config.accumulate
+    progressive = config.progressive
+    if progressive.start_size is not None:
+        if progressive.start_size > image_size:
+            raise ValueError(f"progressive.start_size={progressive.start_size} is larger than image_size={image_size}")
+        progressive = replace(progressive, epochs=_default(progressive.epochs, max(1, config.epochs // 2)))
     return replace(
         config,
         model=model,
@@ -168,6 +195,7 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
             learning_rate=_default(optim.learning_rate, 2e-3 * math.sqrt(images_per_update / 2048)),
             warmup_epochs=_default(optim.warmup_epochs, config.epochs / 15),
         ),
+        progressive=progressive,
         num_workers=_default(config.num_workers, 0 if small else max(1, num_cores() - 1)),
     )
 

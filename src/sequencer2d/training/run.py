@@ -41,7 +41,11 @@ from sequencer2d.training.checkpoints import (
     updates_of,
 )
 from sequencer2d.training.config import TrainConfig, resolve
+from sequencer2d.training.distillation import Teacher, load_teacher
+from sequencer2d.training.early_stopping import StopWithoutImprovement
 from sequencer2d.training.faults import explained, load_fault
+from sequencer2d.training.finetune import follow_weights, freeze
+from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
 from sequencer2d.training.machine import choose_precision, describe_machine, set_threads, tune_allocator
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.recipes import config_from_yaml
@@ -54,7 +58,8 @@ log = logging.getLogger("sequencer2d")
 
 _LIGHTNING_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _MAY_CHANGE = {
-    "run_dir", "resume", "num_workers", "log_every", "data_root", "checkpoint_minutes", "keep_checkpoints", "strategy"
+    "run_dir", "resume", "num_workers", "log_every", "data_root", "loggers", "checkpoint_minutes", "keep_checkpoints",
+    "strategy",
 }  # fmt: skip
 """Fields that a continued run may have otherwise than the stopped one."""
 _NUM_SAMPLES = 24
@@ -97,9 +102,8 @@ def train(config: TrainConfig) -> TrainResult:
     resumed_from = None if config.resume in ("auto", "never") else Path(config.resume)
     if resumed_from:
         config = _of_same_run(_load_config(_run_of(resumed_from)), config)
-    data = ranks.first_then_others(
-        lambda: load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed)
-    )
+    check_loggers(config.loggers)
+    data = ranks.first_then_others(lambda: _load_data(config))
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
     config = ranks.of_first(lambda: _resolve(config, data))
@@ -117,13 +121,14 @@ def train(config: TrainConfig) -> TrainResult:
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
     model = run.create_model()
     log.info(set_threads(ranks.local_world_size))
+    teacher = load_teacher(config.distill, data.class_names)
     precision, reason = ranks.of_first(lambda: choose_precision(config.precision))
     log.info("precision %s: %s", precision, reason)
     with _locked(run_dir, ranks), explained(config, run_dir):
         checkpoint = ranks.of_first(lambda: _checkpoint(run_dir, resumed_from))
         if ranks.is_first:
             run.write_description()
-        task, stopped = _fit(run, model, precision, checkpoint)
+        task, stopped = _fit(run, model, teacher, precision, checkpoint)
         result = _result(run, model, task, finished=not stopped)
         return result if stopped else ranks.of_first(lambda: _finish(run, task, result))
 
@@ -134,19 +139,21 @@ def replay_fault(path: str | Path) -> list[float]:
     Weights, images and random numbers are those of then, for a debugger to look into.
 
     Raises:
-        ValueError: The file is no record of a fault.
+        ValueError: The file is no record of a fault, or the run had a teacher, whose part is not kept.
     """
     path = Path(path)
     state, batches, facts = load_fault(path)
     config = _load_config(path.parent.parent)
+    if config.distill.teacher:
+        raise ValueError(f"{path} cannot be replayed: the run had a teacher, {config.distill.teacher}")
     model = create_model(config.model, **{**config.model_args, "num_classes": facts["num_classes"]})
     model.load_state_dict(state)
-    task = SequencerTask(model.train(), config, _preprocessing(config), facts["batches_per_epoch"])
-    task.ranks = Ranks(rank=facts["rank"])
+    ranks = Ranks(rank=facts["rank"])
+    task = SequencerTask(model.train(), config, _preprocessing(config), facts["batches_per_epoch"], ranks=ranks)
     losses = []
     for batch, seed in zip(batches, facts["seeds"], strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=facts["precision"] == "bf16-mixed"):
-            losses.append(task.loss(batch, tuple(seed)).item())
+            losses.append(task.loss(batch, tuple(seed), facts["schedule_epoch"]).item())
     return losses
 
 
@@ -158,6 +165,22 @@ def _result(run: "_Run", model: Sequencer2D, task: SequencerTask, *, finished: b
         updates=task.global_step,
         minutes=task.clock.elapsed_s / 60,
     )
+
+
+def finished_run(config: TrainConfig) -> dict[str, Any] | None:
+    """What `result.json` of `config.run_dir` says, if that run is finished; else None.
+
+    Raises:
+        ValueError: It was trained by another config.
+    """
+    assert config.run_dir is not None
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "result.json").exists():
+        return None
+    changed = _changed_fields(_load_config(run_dir), _resolve(config, _load_data(config)))
+    if changed:
+        raise ValueError(f"{run_dir} holds a finished run of another config ({', '.join(changed)})")
+    return json.loads((run_dir / "result.json").read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +216,7 @@ class _Run:
         if self.config.weights:
             notes = load_weights_into(model, self.config.weights, self.data.class_names)
             log.info("weights from %s%s", self.config.weights, "".join(f"; {note}" for note in notes))
+        freeze(model, self.config.finetune.freeze)
         return model
 
     def write_description(self) -> None:
@@ -206,6 +230,7 @@ class _Run:
 
     def card(self, model: Sequencer2D, results: dict[str, Any]) -> ModelCard:
         origin = {name: getattr(self.config, name) for name in ("data", "data_root", "val_fraction", "seed")}
+        origin["split_seed"] = self.config.seed_of_split
         return ModelCard(
             architecture=self.config.model,
             config=model.config,
@@ -215,7 +240,12 @@ class _Run:
         )
 
 
+def _load_data(config: TrainConfig) -> ImageData:
+    return load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed_of_split)
+
+
 def _resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
+    config = follow_weights(config)
     name = config.model if config.model != "auto" else _default_model(data)
     variant = get_variant(name)
     image_size = config.image_size or variant.image_size
@@ -347,7 +377,9 @@ def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
     return [name for name in before if name not in _MAY_CHANGE and before[name] != after[name]]
 
 
-def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path | None) -> tuple[SequencerTask, bool]:
+def _fit(
+    run: _Run, model: Sequencer2D, teacher: Teacher | None, precision: str, checkpoint: Path | None
+) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
     config, ranks = run.config, run.ranks
     small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
@@ -371,13 +403,14 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path | None)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     task = SequencerTask(
-        model, config, run.preprocessing, len(train_loader), ranks=ranks, faults=run.run_dir / "faults"
+        model, config, run.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
     )
 
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
         if not ranks.is_first:
             return
         results = {
+            "which": "best",
             "val_top1": metrics["valid_acc"],
             "epochs": round(metrics["epoch"], 3),
             "updates": int(metrics["updates"]),
@@ -392,6 +425,8 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path | None)
     if checkpoint:
         log.info("continuing %s after %d updates", run.run_dir, updates_of(checkpoint))
     folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
+    loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint is not None)
+    patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
     with warnings.catch_warnings():
         _ignore_lightning_advice()
         trainer = pl.Trainer(
@@ -409,10 +444,11 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path | None)
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
-            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard")],
+            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard"), *loggers],
             plugins=[folder, *([ranks.environment] if ranks.environment else [])],
             callbacks=[
                 *([TrainingProgress()] if ranks.is_first else []),
+                *patience,
                 Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
             ],
         )
@@ -429,6 +465,7 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path | None)
             return task, True
         finally:
             torch.set_flush_denormal(False)  # as it is by default
+            close_loggers(loggers)
     return task, False
 
 
@@ -455,6 +492,8 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     """Evaluates the best weights once, and writes model file, samples, report and result."""
     path = run.run_dir / "model.safetensors"
     model, card = load_model(path)
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    _save_last(run, task, rows)
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
@@ -466,7 +505,6 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     samples = _samples(run, images, answers)
     _write_samples(run.run_dir / "samples", samples)
     environment = json.loads((run.run_dir / "environment.json").read_text())
-    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     write_report(
         run.run_dir / "report.html",
         title=run.run_dir.name,
@@ -483,6 +521,20 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
         json.dumps({**asdict(result), "run_dir": str(result.run_dir)}, indent=2),
     )
     return result
+
+
+def _save_last(run: _Run, task: SequencerTask, rows: list[dict[str, Any]]) -> None:
+    """The weights after the last update, as a model file beside the best ones."""
+    validation = next(row for row in reversed(rows) if "valid_acc" in row)
+    results = {
+        "which": "last",
+        "val_top1": validation["valid_acc"],
+        "epochs": round(validation["epoch"], 3),
+        "updates": task.global_step,
+        "minutes": task.clock.elapsed_s / 60,
+    }
+    model = task.evaluated_model
+    save_model(model, run.card(model, results), run.run_dir / "last.safetensors")
 
 
 def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dict[str, str]:

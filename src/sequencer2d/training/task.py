@@ -21,8 +21,11 @@ from sequencer2d.data.transforms import normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.distillation import Teacher
 from sequencer2d.training.faults import TrainingError, keep_fault
+from sequencer2d.training.finetune import scale_by_layer
 from sequencer2d.training.muon import Muon, muon_groups
+from sequencer2d.training.progressive import resized, size_in
 from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.schedule import Clock, learning_rate
 
@@ -50,6 +53,7 @@ class SequencerTask(pl.LightningModule):
         config: TrainConfig,
         preprocessing: Preprocessing,
         batches_per_epoch: int,
+        teacher: Teacher | None = None,
         *,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         faults: Path | None = None,
@@ -59,8 +63,10 @@ class SequencerTask(pl.LightningModule):
         self.config = config
         self.preprocessing = preprocessing
         self.batches_per_epoch = batches_per_epoch
+        self.teacher = teacher
         self.ranks = ranks
         self.faults = faults
+        self.stride = math.prod(model.config.patch_sizes)
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
         ema_decay, ema_warmup = config.optim.ema_decay, config.optim.ema_warmup
         self.ema = ModelEmaV3(model, ema_decay, use_warmup=ema_warmup) if ema_decay else None
@@ -70,7 +76,7 @@ class SequencerTask(pl.LightningModule):
         updates_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
         self.clock = Clock(round(self.total_epochs * updates_per_epoch), config.max_minutes)
         self.val_accuracy = MulticlassAccuracy(model.config.num_classes, average="micro")
-        self.val_loss = MeanMetric(nan_strategy="disable")
+        self.val_loss = MeanMetric()
         self.skipped: dict[str, None] = {}
         """Unreadable images met so far, once each, in the order of their appearance."""
         self.nonfinite_updates = 0
@@ -87,6 +93,17 @@ class SequencerTask(pl.LightningModule):
         return self.ema.module if self.ema else self.model  # type: ignore[return-value]
 
     @property
+    def schedule_epoch(self) -> int:
+        """Whole epochs done; where a budget of time ends the run sooner, as many as its schedule is through."""
+        return math.floor(self.progress * self.total_epochs + 1e-6)
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that is done. Each rank has a clock of its own; the fastest one counts."""
+        progress = self.clock.progress(self.global_step)
+        return progress if self.config.max_minutes is None else self.ranks.highest(progress)
+
+    @property
     def images_per_s(self) -> float:
         """Training images per second of all ranks since the epoch began, loading included."""
         return self.images_seen / (time.monotonic() - self.epoch_started)
@@ -96,9 +113,11 @@ class SequencerTask(pl.LightningModule):
         optim, undecayed = self.config.optim, self.model.no_weight_decay()
         if optim.optimizer == "muon":
             groups = muon_groups(self.model, optim.weight_decay, undecayed)
+            groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
             return Muon(groups, optim.learning_rate or 0.0, momentum=optim.momentum, betas=optim.betas, dtype=dtype)
         groups = param_groups_weight_decay(self.model, optim.weight_decay, no_weight_decay_list=undecayed)
+        groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
         fused = self.trainer.precision != "16-mixed"  # fused, it unscales fp16 gradients only after the clipping
         return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=fused)
 
@@ -133,6 +152,7 @@ class SequencerTask(pl.LightningModule):
                 "loss": str(loss),
                 "precision": str(self.trainer.precision),
                 "seeds": self.seeds,
+                "schedule_epoch": self.schedule_epoch,
                 "num_classes": self.model.config.num_classes,
                 "batches_per_epoch": self.batches_per_epoch,
             }
@@ -146,6 +166,10 @@ class SequencerTask(pl.LightningModule):
         log.warning("skipped %s", where)
         for parameter in self.model.parameters():
             parameter.grad = None
+
+    def on_fit_start(self) -> None:
+        if self.teacher:
+            self.teacher.model.to(self.device)
 
     def on_train_start(self) -> None:
         self.clock.start()
@@ -163,10 +187,10 @@ class SequencerTask(pl.LightningModule):
         share = len(batch.images) * self.ranks.world_size / num_images  # the ranks' losses are then averaged
         if not len(batch.images):
             batch = blank(self.preprocessing, batch)
-        seed = (self.config.seed, self.current_epoch, batch_idx)
+        seed, epoch = (self.config.seed, self.current_epoch, batch_idx), self.schedule_epoch
         self.batches.append(batch)
         self.seeds.append(seed)
-        loss = self.loss(batch, seed)
+        loss = self.loss(batch, seed, epoch)
         if share != 1:
             loss = loss * share
         if not torch.isfinite(loss):  # so that the gradients of all ranks tell it
@@ -175,21 +199,23 @@ class SequencerTask(pl.LightningModule):
         self.log("train_loss", loss.detach(), sync_dist=self.ranks.world_size > 1)
         return loss * (self.config.accumulate / self.steps_of_update(batch_idx))  # Lightning divides by `accumulate`
 
-    def loss(self, batch: Batch, seed: tuple[int, ...]) -> Tensor:
-        """The mean loss of a batch's images, mixed and erased by the seed."""
+    def loss(self, batch: Batch, seed: tuple[int, ...], epoch: int) -> Tensor:
+        """The mean loss of a batch's images, mixed and erased by the seed as in an epoch of the schedule."""
         seed_generators(*seed)
-        images, targets = self.mixing(normalize(batch.images, self.preprocessing), batch.labels)
+        images = normalize(batch.images, self.preprocessing)
+        images = resized(images, size_in(epoch, self.config.progressive, self.preprocessing.image_size, self.stride))
+        mix = epoch < self.total_epochs - self.config.augment.mixing_off_epochs
+        images, targets = self.mixing(images, batch.labels, mix=mix)
         images = self.mixing.erase(images, [(*seed, index) for index in batch.indices.tolist()])
         seed_generators(*seed, self.ranks.rank)
-        return F.cross_entropy(self.model(images).float(), targets)
+        logits = self.model(images).float()
+        loss = F.cross_entropy(logits, targets)
+        return self.teacher.blend(loss, logits, images, self.preprocessing) if self.teacher else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.progress = self.clock.progress(self.global_step)
-        if self.config.max_minutes is not None:  # each rank has a clock of its own
-            self.progress = self.ranks.highest(self.progress)
         rate = learning_rate(self.progress * self.total_epochs, self.config.epochs, self.config.optim)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.log("learning_rate", rate)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
@@ -205,8 +231,7 @@ class SequencerTask(pl.LightningModule):
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
         self.log_position()
-        limited = self.config.max_minutes is not None and self.ends_update(batch_idx)
-        if limited and self.ranks.highest(self.clock.progress(self.global_step)) >= 1:
+        if self.config.max_minutes is not None and self.progress >= 1:
             self.trainer.should_stop = True
 
     def ends_update(self, batch_idx: int) -> bool:
@@ -225,7 +250,8 @@ class SequencerTask(pl.LightningModule):
         self.note_skipped(batch)
         if len(batch.images):
             logits = self.evaluated_model(normalize(batch.images, self.preprocessing)).float()
-            self.val_loss.update(F.cross_entropy(logits, batch.labels), weight=len(logits))
+            loss = F.cross_entropy(logits, batch.labels).nan_to_num(nan=math.inf)  # the mean would leave it out
+            self.val_loss.update(loss, weight=len(logits))
             self.val_accuracy.update(logits, batch.labels)
         self.log("val_loss", self.val_loss, on_epoch=True)
         self.log("valid_acc", self.val_accuracy, on_epoch=True, prog_bar=True)
