@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -122,8 +122,8 @@ def train(config: TrainConfig) -> TrainResult:
     model = run.create_model()
     log.info(set_threads(ranks.local_world_size))
     teacher = load_teacher(config.distill, data.class_names)
-    precision, reason = ranks.of_first(lambda: choose_precision(config.precision))
-    log.info("precision %s: %s", precision, reason)
+    precision = ranks.of_first(lambda: _precision(config, run_dir))
+    run = replace(run, config=replace(config, precision=precision))
     with _locked(run_dir, ranks), explained(config, run_dir):
         checkpoint = ranks.of_first(lambda: _checkpoint(run_dir, resumed_from))
         if ranks.is_first:
@@ -353,6 +353,15 @@ def _checkpoint(run_dir: Path, asked_for: Path | None) -> Path | None:
     return asked_for
 
 
+def _precision(config: TrainConfig, run_dir: Path) -> Literal["fp32", "bf16", "fp16"]:
+    """The precision to train in; a run that goes on has the one that it began with, however a probe may turn out."""
+    begun = (run_dir / "config.yaml").exists() and _load_config(run_dir).precision
+    wish = begun or config.precision
+    precision, reason = choose_precision(wish)
+    log.info("precision %s: %s", precision, "as the run began" if begun == precision else reason)
+    return precision
+
+
 def _run_of(path: Path) -> Path:
     """The run folder of a folder or checkpoint given to --resume."""
     run_dir = path.parent.parent if path.is_file() else path
@@ -362,10 +371,19 @@ def _run_of(path: Path) -> Path:
 
 
 def _of_same_run(saved: TrainConfig, given: TrainConfig) -> TrainConfig:
-    """The run's own config, with what may change and was given otherwise than by default."""
-    default = TrainConfig()
-    changes = {name: getattr(given, name) for name in _MAY_CHANGE - {"resume", "run_dir"}}
-    return replace(saved, **{name: value for name, value in changes.items() if value != getattr(default, name)})
+    """The run's own config, with what may change and was given otherwise than by default.
+
+    Raises:
+        ValueError: Something else was given, too.
+    """
+    before, after, default = saved.to_dict(), given.to_dict(), TrainConfig().to_dict()
+    changes = {name for name in after if after[name] not in (before[name], default[name])} - {"resume", "run_dir"}
+    if changes - _MAY_CHANGE:
+        raise ValueError(
+            f"a run is resumed with its own config; leave out {', '.join(sorted(changes - _MAY_CHANGE))}, "
+            "or begin another run with --weights"
+        )
+    return replace(saved, **{name: getattr(given, name) for name in changes})
 
 
 def _load_config(run_dir: Path) -> TrainConfig:
@@ -374,7 +392,8 @@ def _load_config(run_dir: Path) -> TrainConfig:
 
 def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
     before, after = saved.to_dict(), now.to_dict()
-    return [name for name in before if name not in _MAY_CHANGE and before[name] != after[name]]
+    may_change = _MAY_CHANGE | ({"precision"} if now.precision == "auto" else set())
+    return [name for name in before if name not in may_change and before[name] != after[name]]
 
 
 def _fit(
