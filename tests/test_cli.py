@@ -245,7 +245,7 @@ def test_ctrl_c_ends_a_check_at_once_and_keeps_what_it_found(tmp_path: Path) -> 
         assert process.wait(timeout=60) == 130
     assert seen < 3000
     again = subprocess.run(
-        [sys.executable, "-m", "sequencer2d.cli", "check", str(root)], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "sequencer2d", "check", str(root)], capture_output=True, text=True, env=environment
     )
     assert again.returncode == DONE
     known = re.search(r"3,000 images checked, ([\d,]+) of them known", again.stdout)
