@@ -11,6 +11,8 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sequencer2d import native
+
 LAYER_NORM_EPS = 1e-6  # the official code's; PyTorch's default is 1e-5
 
 
@@ -24,6 +26,7 @@ class BiLSTM2D(nn.Module):
 
     cell: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] = nn.LSTM
     bidirectional = True
+    backend = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -32,6 +35,8 @@ class BiLSTM2D(nn.Module):
         self.fc = nn.Linear(2 * output_size(self.rnn_v), input_size)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_v, self.rnn_h):
+            return self.fc(native.bilstm2d(x, self.rnn_v, self.rnn_h))
         return self.fc(torch.cat([over_columns(self.rnn_v, x), over_rows(self.rnn_h, x)], dim=-1))
 
 
@@ -81,6 +86,9 @@ class AddBiLSTM2D(BiLSTM2D):
         self.fc = nn.Linear(output_size(self.rnn_v), input_size)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_v, self.rnn_h):
+            vertical, horizontal = native.bilstm2d(x, self.rnn_v, self.rnn_h).chunk(2, dim=-1)
+            return self.fc(vertical + horizontal)
         return self.fc(over_columns(self.rnn_v, x) + over_rows(self.rnn_h, x))
 
 
@@ -96,17 +104,23 @@ class UnfusedBiLSTM2D(BiLSTM2D):
 class VerticalBiLSTM(nn.Module):
     """Columns only, without a linear layer, so `2·D` must be `C`."""
 
+    backend = "auto"
+
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.rnn_v = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
         check_width(output_size(self.rnn_v), input_size)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_v):
+            return native.bilstm2d(x, self.rnn_v, None)
         return over_columns(self.rnn_v, x)
 
 
 class HorizontalBiLSTM(nn.Module):
     """Rows only, without a linear layer, so `2·D` must be `C`."""
+
+    backend = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -114,11 +128,15 @@ class HorizontalBiLSTM(nn.Module):
         check_width(output_size(self.rnn_h), input_size)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_h):
+            return native.bilstm2d(x, None, self.rnn_h)
         return over_rows(self.rnn_h, x)
 
 
 class BiLSTM1D(nn.Module):
     """All tokens as one sequence, row after row, so `2·D` must be `C`: the Vanilla Sequencer's (appendix C)."""
+
+    backend = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -126,6 +144,8 @@ class BiLSTM1D(nn.Module):
         check_width(output_size(self.rnn), input_size)
 
     def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn):
+            return native.bilstm2d(x.flatten(1, 2).unsqueeze(1), None, self.rnn).reshape(x.shape)
         return over_rows(self.rnn, x.flatten(1, 2).unsqueeze(1)).reshape(x.shape)
 
 
@@ -149,6 +169,20 @@ MIXERS: dict[str, type[nn.Module]] = {
     )
 }
 """What may stand in a block in the place of self-attention, by the name that `SequencerConfig.mixer` gives."""
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Chooses what runs the LSTMs of a model: our CPU kernels, PyTorch, or (auto) the kernels where they are and fit.
+
+    Parameters and state dict are the same for all; the choice is saved with neither.
+
+    Raises:
+        ValueError: There is no such backend, or it cannot run here; the message says why and what to do.
+    """
+    native.check_backend(backend)
+    for module in model.modules():
+        if isinstance(module, BiLSTM2D | VerticalBiLSTM | HorizontalBiLSTM | BiLSTM1D):
+            module.backend = backend
 
 
 class Sequencer2DBlock(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 
 from sequencer2d.adapters import load_weights
 from sequencer2d.hub import download
+from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.preprocessing import Preprocessing
 
@@ -221,7 +222,9 @@ def get_config(name: str, **overrides: Any) -> SequencerConfig:
         raise ValueError(f"{changes}: {error}; stages take one number each, such as layers=[2, 2]") from error
 
 
-def create_model(name: str, *, pretrained: bool | str | Path = False, **overrides: Any) -> Sequencer2D:
+def create_model(
+    name: str, *, pretrained: bool | str | Path = False, backend: str = "auto", **overrides: Any
+) -> Sequencer2D:
     """A model of the zoo, any argument of `SequencerConfig` changed.
 
     Example: `create_model("sequencer2d_s", num_classes=10, drop_path_rate=0.1)`
@@ -231,11 +234,12 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
         pretrained: True: with the published weights, from the Hugging Face hub or its cache. A path: with the weights
             of that file, be it the official code's, timm's or ours. Another number of classes or image channels is
             adapted to, with a word. Default: freshly initialised.
+        backend: What runs the LSTMs: native (our CPU kernels), torch, or auto, the kernels where they are and fit.
         overrides: Arguments of `SequencerConfig`.
 
     Raises:
-        ValueError: No such variant, no such argument, a value that does not fit the others, no published weights, or
-            weights of another architecture.
+        ValueError: No such variant, argument or backend, a value that does not fit the others, no published weights,
+            or weights of another architecture.
         FileNotFoundError: The weights are not there, or there is no network.
     """
     variant = get_variant(name)
@@ -244,6 +248,7 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
         published = ", ".join(name for name, variant in VARIANTS.items() if variant.hub_id)
         raise ValueError(f"no weights of {name} are published ({published} have some); pass pretrained='path/to/file'")
     model = Sequencer2D(config)
+    set_backend(model, backend)
     model.default_cfg = model.pretrained_cfg = variant.default_cfg()
     if pretrained:
         path = download(variant.hub_id, "model.safetensors") if pretrained is True else Path(pretrained)

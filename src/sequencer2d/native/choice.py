@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
+from torch.fx import Proxy
 
 from sequencer2d.native.library import Unavailable, has_threads, kernel, kernels
 
@@ -54,7 +56,7 @@ def check_backend(name: str) -> None:
         raise ValueError(f"backend='native' is not available: {reason}")
 
 
-def serves(backend: str, x: Tensor, *rnns: nn.Module) -> bool:
+def serves(backend: str, x: Tensor | Proxy, *rnns: nn.Module) -> bool:
     """Whether the kernels run these LSTMs on this input; else it is for PyTorch. Says once which it is.
 
     Tracing always gets PyTorch's LSTMs, and so does exporting unless `native` is asked for: what comes out of them must
@@ -91,18 +93,19 @@ def _unfit(x: Tensor, rnns: tuple[nn.Module, ...]) -> str:
     """Why the kernels do not fit this call; empty where they do."""
     if x.device.type != "cpu":
         return f"tensors are on {x.device.type}"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         return "torch.func transforms have no rule for the kernels"
-    parameters = [parameter for rnn in rnns for parameter in rnn.parameters()]
-    dtypes = {torch.get_autocast_dtype("cpu")} if torch.is_autocast_enabled("cpu") else {x.dtype}
-    dtypes |= {x.dtype, *(p.dtype for p in parameters)} if not torch.is_autocast_enabled("cpu") else set()
-    if dtypes not in ({torch.float32}, {torch.bfloat16}):
-        return f"tensors are {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
     for rnn in rnns:
         if type(rnn) is not nn.LSTM or rnn.num_layers != 1 or rnn.proj_size or not rnn.bias:
             return f"the cell is {type(rnn).__name__}, not a plain nn.LSTM of one layer"
         if rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks:
             return "hooks look into nn.LSTM"
+    if torch.is_autocast_enabled("cpu"):
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    else:
+        dtypes = {x.dtype, *(rnn.weight_hh_l0.dtype for rnn in rnns if isinstance(rnn, nn.LSTM))}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        return f"tensors are {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
     return ""
 
 

@@ -3,13 +3,14 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sequencer2d.native import op, weights
 from sequencer2d.native.library import kernel
 
 
 def bilstm2d(
-    x: Float[Tensor, "B H W C"], rnn_v: nn.LSTM | None, rnn_h: nn.LSTM | None
+    x: Float[Tensor, "B H W C"], rnn_v: nn.RNNBase | None, rnn_h: nn.RNNBase | None
 ) -> Float[Tensor, "B H W D"]:
     """Runs one LSTM over every column and another over every row, each in one direction or both.
 
@@ -26,13 +27,17 @@ def bilstm2d(
         Hidden states `[B, H, W, R·D]`: down, up, right, left, as far as they exist.
 
     Raises:
+        TypeError: A layer is no LSTM.
         Unavailable: There are no kernels here.
     """
-    rnns = [rnn for rnn in (rnn_v, rnn_h) if rnn is not None]
+    rnns = [rnn for rnn in (rnn_v, rnn_h) if isinstance(rnn, nn.LSTM)]
+    if len(rnns) != (rnn_v is not None) + (rnn_h is not None) or not rnns:
+        raise TypeError(f"the kernels are for nn.LSTM, not {type(rnn_v).__name__} and {type(rnn_h).__name__}")
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     vertical = 0 if rnn_v is None else 1 + rnn_v.bidirectional
-    trains = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for r in rnns for p in r.parameters()))
-    if trains or not _is_plain(x, rnns):
+    tensors = [x, *(tensor for rnn in rnns for group in weights.parameters(rnn) for tensor in group)]
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if trains or not _are_plain(tensors):
         w_ih, w_hh, bias = weights.gather(rnns, dtype)
         return torch.ops.sequencer2d.bilstm2d(x.to(dtype), w_ih, w_hh, bias, vertical, trains)[0]
     directions = sum(1 + rnn.bidirectional for rnn in rnns)
@@ -41,8 +46,8 @@ def bilstm2d(
     return op.run_forward(x.detach().to(dtype), ready.w_ih, ready.packed, ready.bias, shape, keep=False)[0]
 
 
-def _is_plain(x: Tensor, rnns: list[nn.LSTM]) -> bool:
-    """Tensors with memory of their own, of which pointers may be taken, and nobody who wants to see the operation."""
-    if torch.compiler.is_compiling():
+def _are_plain(tensors: list[Tensor]) -> bool:
+    """Tensors of which pointers may be taken, and nobody who wants to see the operation: no compiler, no counter."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return False
-    return type(x) is Tensor and all(type(p) in (Tensor, nn.Parameter) for r in rnns for p in r.parameters())
+    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)

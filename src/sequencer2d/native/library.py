@@ -23,18 +23,18 @@ class Unavailable(RuntimeError):
 
 
 class _Problem(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "hidden")),
         *((name, ctypes.c_int32) for name in ("vertical", "horizontal", "type", "threads")),
     ]
 
 
 class _ForwardTensors(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "gates", "cells", "y")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "gates", "cells", "y")]
 
 
 class _BackwardTensors(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("packed", "gates", "cells", "y", "grad_y", "grad_gates", "previous_hidden", "grad_bias")
     ]

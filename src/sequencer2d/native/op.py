@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from sequencer2d.native.library import Shape, kernel
 
@@ -24,7 +25,7 @@ def shape_of(x: Tensor, directions: int, hidden: int, vertical: int) -> Shape:
 def run_forward(
     x: Tensor, w_ih: Tensor, packed: Tensor, bias: Tensor, shape: Shape, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states `[B, H, W, R·D]`; and, where they are kept for the gradient, gates `[N, R·4·D]` and cells `[N, R·D]`.
+    """Hidden states `[B, H, W, R·D]`; gates `[N, R·4·D]` and cells `[N, R·D]`, empty where they are not kept.
 
     `packed` are the recurrent weights as `Kernel.pack` leaves them for the forward pass.
     """
@@ -60,9 +61,7 @@ def bilstm2d(
 
 
 @bilstm2d.register_fake
-def _(
-    x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, vertical: int, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, vertical: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     B, H, W, _ = x.shape
     R, D = w_hh.shape[0], w_hh.shape[2]
     y = x.new_empty(B, H, W, R * D)
@@ -126,11 +125,21 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, 
 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "the CPU kernels have no second derivatives; use create_model(..., backend='torch') or set_backend(model, 'torch')"
-    )
+    raise RuntimeError("the CPU kernels have no second derivatives; call sequencer2d.set_backend(model, 'torch') first")
 
 
 bilstm2d.register_autograd(_backward, setup_context=_setup_context)
 bilstm2d_backward.register_autograd(_no_double_backward)
 bilstm2d.register_autocast("cpu", torch.bfloat16)
+
+
+@register_flop_formula(torch.ops.sequencer2d.bilstm2d)
+def _forward_flops(x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    B, H, W, C = x
+    R, gates, D = w_hh
+    return 2 * B * H * W * R * gates * (C + D)
+
+
+@register_flop_formula(torch.ops.sequencer2d.bilstm2d_backward)
+def _backward_flops(grad_y: Any, x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    return 2 * _forward_flops(x, w_ih, w_hh)

@@ -12,30 +12,24 @@ from torch import Tensor, nn
 
 from sequencer2d.native.library import Kernel, Shape
 
+_NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 _SAMPLES = 64  # values of each parameter that are compared
 
 
+def parameters(rnn: nn.LSTM) -> list[tuple[Tensor, ...]]:
+    """Input weights, recurrent weights and both biases of each direction.
+
+    By attribute, as `nn.LSTM` reads them: what stands there need not be registered as a parameter.
+    """
+    suffixes = ("", "_reverse")[: 1 + rnn.bidirectional]
+    return [tuple(getattr(rnn, name + suffix) for name in _NAMES) for suffix in suffixes]
+
+
 def gather(rnns: Sequence[nn.LSTM], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Input weights `[R·4·D, C]`, recurrent weights `[R, 4·D, D]` and the sum of both biases `[R·4·D]`; differentiable."""
-    w_ih, w_hh, b_ih, b_hh = zip(*_parameters(rnns), strict=True)
+    """Input weights `[R·4·D, C]`, recurrent weights `[R, 4·D, D]`, sum of both biases `[R·4·D]`; differentiable."""
+    w_ih, w_hh, b_ih, b_hh = zip(*(group for rnn in rnns for group in parameters(rnn)), strict=True)
     bias = torch.cat(b_ih) + torch.cat(b_hh)
     return torch.cat(w_ih).to(dtype), torch.stack(w_hh).to(dtype), bias.to(dtype)
-
-
-def _parameters(rnns: Sequence[nn.LSTM]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    found = []
-    for rnn in rnns:
-        found.append((rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0))
-        if rnn.bidirectional:
-            found.append(
-                (
-                    rnn.weight_ih_l0_reverse,
-                    rnn.weight_hh_l0_reverse,
-                    rnn.bias_ih_l0_reverse,
-                    rnn.bias_hh_l0_reverse,
-                )
-            )
-    return found
 
 
 @dataclass(frozen=True)
@@ -65,22 +59,22 @@ def packed(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: S
     through `.data`, as some averages of weights do, leaves no trace in the version. Kept beside the module, not in it:
     neither copies nor state dicts nor pickles see it.
     """
-    parameters = [parameter for group in _parameters(rnns) for parameter in group]
-    if any(parameter.is_inference() for parameter in parameters):  # these have no version
+    tensors = [tensor for rnn in rnns for group in parameters(rnn) for tensor in group]
+    if any(tensor.is_inference() for tensor in tensors):  # these have no version
         return _pack(rnns, dtype, kernel, shape)
-    places = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
+    places = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
     key = (kernel.name, dtype, *rnns[1:], *places)
-    samples = torch.cat([_sample(parameter) for parameter in parameters])
+    samples = torch.cat([_sample(tensor) for tensor in tensors])
     entry = _cache.get(rnns[0])
     if entry is None or entry.key != key or not torch.equal(entry.samples, samples):
-        storages = [parameter.detach() for parameter in parameters]
+        storages = [tensor.detach() for tensor in tensors]
         entry = _Entry(key, samples, storages, _pack(rnns, dtype, kernel, shape))
         _cache[rnns[0]] = entry
     return entry.weights
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    flat = parameter.detach().reshape(-1)
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLES)]
 
 

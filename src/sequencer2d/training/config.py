@@ -86,8 +86,8 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
-    backend: Literal["auto", "torch"] = "auto"
-    """Implementation of the LSTMs; there is one so far."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """What runs the LSTMs: our CPU kernels, PyTorch, or auto, the kernels where they are and fit."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
     num_workers: int | None = None
