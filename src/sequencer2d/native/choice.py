@@ -93,7 +93,7 @@ def _unfit(x: Tensor, rnns: tuple[nn.Module, ...]) -> str:
     """Why the kernels do not fit this call; empty where they do."""
     if x.device.type != "cpu":
         return f"tensors are on {x.device.type}"
-    if peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return "torch.func transforms have no rule for the kernels"
     for rnn in rnns:
         if type(rnn) is not nn.LSTM or rnn.num_layers != 1 or rnn.proj_size or not rnn.bias:
