@@ -50,15 +50,17 @@ def test_outputs_and_gradients_of_any_shape(
     x = torch.randn(batch, height, width, channels)
     grad_y = torch.randn(batch, height, width, hidden * len(axes) * (1 + bidirectional))
     truth = in_double(x, rnns, grad_y)
-    for bf16, bound in ((False, FP32), (True, BF16)):
+    for bf16, bound in ((False, FP32), (True, 5 * BF16)):  # a few values may all be rounded the same way
         ours = outputs_and_gradients(bilstm2d, x, rnns, grad_y, bf16=bf16)
         torchs = outputs_and_gradients(by_pytorch, x, rnns, grad_y, bf16=bf16)
+        size = torch.cat([gradient.flatten() for name, gradient in truth.items() if name != "y"]).norm()
         for name, values in ours.items():
             assert values.shape == truth[name].shape
             assert values.dtype == torchs[name].dtype
-            # Sums over a handful of tokens may cancel; what PyTorch loses then, so may we.
-            allowed = max(bound, 3 * relative_error(torchs[name], truth[name]))
-            assert relative_error(values, truth[name]) <= allowed, name
+            # A sum over a handful of tokens may cancel: what is left is small beside what went into it.
+            norm = truth[name].norm() if name == "y" else torch.maximum(truth[name].norm(), size / 4)
+            error, theirs = ((some[name].double() - truth[name]).norm() for some in (ours, torchs))
+            assert error <= max(bound * norm, 3 * theirs), name
 
 
 @pytest.mark.parametrize("hidden", [24, 48, 96])
