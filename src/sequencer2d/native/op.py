@@ -79,19 +79,15 @@ def bilstm2d_backward(
         return x.new_zeros(x.shape), torch.zeros_like(w_ih), torch.zeros_like(w_hh), w_ih.new_zeros(w_ih.shape[0])
     shape = shape_of(x, w_hh.shape[0], w_hh.shape[2], vertical)
     packed = kernel().pack(shape, w_hh.contiguous(), backward=True)
-    grad_gates, previous = torch.empty_like(gates), torch.empty_like(cells)
+    grad_gates = torch.empty_like(gates)
+    previous = y.new_empty(shape.directions, gates.shape[0], shape.hidden)  # hidden states that each step started from
     grad_bias = torch.empty(w_ih.shape[0], dtype=torch.float32)
     kernel().backward(shape, packed, gates, cells, y, grad_y.contiguous(), grad_gates, previous, grad_bias)
-    tokens = x.reshape(-1, x.shape[3])
-    grad_w_hh = [
-        of_gates.t() @ of_hidden
-        for of_gates, of_hidden in zip(
-            grad_gates.chunk(shape.directions, dim=1), previous.chunk(shape.directions, dim=1), strict=True
-        )
-    ]
+    by_direction = zip(previous, grad_gates.chunk(shape.directions, dim=1), strict=True)
+    grad_w_hh = [(hidden.t() @ of_gates).t() for hidden, of_gates in by_direction]  # faster than the other way round
     return (
         (grad_gates @ w_ih).reshape(x.shape),
-        grad_gates.t() @ tokens,
+        grad_gates.t() @ x.reshape(-1, x.shape[3]),
         torch.stack(grad_w_hh),
         grad_bias.to(w_ih.dtype),
     )

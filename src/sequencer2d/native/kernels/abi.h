@@ -34,7 +34,7 @@ struct BackwardTensors {
     const void* y;         // [N, R, D] values
     const void* grad_y;    // [N, R, D] values
     void* grad_gates;      // [N, R, 4, D] values, out: gradient of the gates before the activations
-    void* previous_hidden; // [N, R, D] values, out: the hidden state that each step started from
+    void* previous_hidden; // [R, N, D] values, out: the hidden state that each step started from
     float* grad_bias;      // [R, 4, D], out: sum of grad_gates over the tokens
 };
 

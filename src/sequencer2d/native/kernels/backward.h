@@ -105,9 +105,10 @@ class Backward {
     }
 
     void copy_previous_hidden(const Tile& tile, int64_t step) const {
+        const int64_t tokens = problem.batch * problem.height * problem.width;
         const size_t bytes = static_cast<size_t>(D) * sizeof(Value);
         for (int s = 0; s < tile.sequences; ++s) {
-            Value* to = previous_hidden + place(tile, s, step) * D;
+            Value* to = previous_hidden + (tile.direction * tokens + tile.origin[s] + tile.offset(step)) * D;
             if (step)
                 memcpy(to, y + place(tile, s, step - 1) * D, bytes);
             else
