@@ -197,6 +197,15 @@ def test_the_gradient_can_be_taken_twice_but_not_of_itself(kernel_name: str) -> 
         gradient.sum().backward()
 
 
+def test_another_default_device_is_no_trouble(kernel_name: str) -> None:
+    rnns = make_lstms(8, 3)
+    x, grad_y = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4, 12)
+    expected = outputs_and_gradients(bilstm2d, x, rnns, grad_y)
+    with torch.device("meta"):
+        elsewhere = outputs_and_gradients(bilstm2d, x, rnns, grad_y)
+    assert all(torch.equal(values, expected[name]) for name, values in elsewhere.items())
+
+
 def test_other_cells_are_refused() -> None:
     with pytest.raises(TypeError, match=r"nn\.LSTM, not GRU and NoneType"):
         bilstm2d(torch.zeros(1, 2, 2, 3), torch.nn.GRU(3, 2), None)

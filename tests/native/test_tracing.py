@@ -20,13 +20,14 @@ X = torch.randn(2, 3, 4, 8)
 
 
 def arguments(dtype: torch.dtype, grad: bool, vertical: int) -> tuple[Tensor | int | bool, ...]:
-    shapes = ((2, 3, 4, 8), (48, 8), (4, 12, 3), (48,))
+    R = {0: 2, 1: 2, 2: 4}[vertical]
+    shapes = ((2, 3, 4, 8), (R * 12, 8), (R, 12, 3), (R * 12,))
     return *(torch.randn(shape, dtype=dtype, requires_grad=grad) for shape in shapes), vertical, grad
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the check's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vertical", [2, 4])
+@pytest.mark.parametrize("vertical", [0, 1, 2])
 def test_the_operations_pass_the_checks_of_pytorch(dtype: torch.dtype, vertical: int) -> None:
     for grad in (True, False):
         torch.library.opcheck(torch.ops.sequencer2d.bilstm2d, arguments(dtype, grad, vertical))
@@ -35,6 +36,22 @@ def test_the_operations_pass_the_checks_of_pytorch(dtype: torch.dtype, vertical:
     x, w_ih, w_hh = (value.detach() for value in inputs[:3] if isinstance(value, Tensor))
     backward = (torch.randn_like(kept[0]), x, w_ih, w_hh, *(tensor.detach() for tensor in kept), vertical)
     torch.library.opcheck(torch.ops.sequencer2d.bilstm2d_backward, backward)
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    x, w_ih, w_hh, bias, *_ = (value for value in arguments(torch.float32, False, 2) if isinstance(value, Tensor))
+    operation = torch.ops.sequencer2d.bilstm2d
+    with pytest.raises(ValueError, match=r"all be fp32 or all bf16, not torch.bfloat16, torch.float32"):
+        operation(x, w_ih, w_hh.bfloat16(), bias, 2, False)
+    with pytest.raises(ValueError, match=r"all be fp32 or all bf16, not torch.float64"):
+        operation(x.double(), w_ih.double(), w_hh.double(), bias.double(), 2, False)
+    with pytest.raises(ValueError, match=r"have shapes \(2, 3, 4, 8\), \(48, 8\), \(4, 12, 2\)"):
+        operation(x, w_ih, w_hh[..., :2], bias, 2, False)
+    with pytest.raises(ValueError, match="vertical=4 of 4 directions: each axis has at most 2"):
+        operation(x, w_ih, w_hh, bias, 4, False)
+    y, gates, cells = operation(x, w_ih, w_hh, bias, 2, False)
+    with pytest.raises(ValueError, match="not those that bilstm2d kept"):
+        torch.ops.sequencer2d.bilstm2d_backward(y, x, w_ih, w_hh, y, gates, cells, 2)
 
 
 def test_autocast_reaches_the_operation_itself() -> None:

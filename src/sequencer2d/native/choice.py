@@ -13,6 +13,8 @@ from sequencer2d.native.library import Unavailable, has_threads, kernel, kernels
 
 log = logging.getLogger(__name__)
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has not got it
+
 CHOICES = ("auto", "native", "torch")
 
 
@@ -68,7 +70,7 @@ def serves(backend: str, x: Tensor | Proxy, *rnns: nn.Module) -> bool:
     if backend == "torch" or not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return False
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() and backend != "native":
+        if _is_exporting() and backend != "native":
             return False
         return not _missing() and not _unfit(x, rnns)
     reason = _missing()

@@ -68,7 +68,7 @@ class Kernel:
         """Recurrent weights `[R, 4·D, D]` in the order of the forward or the backward pass, as bytes."""
         problem = _problem(shape, w_hh.dtype)
         size = self.library.sequencer2d_packed_bytes(self.number, ctypes.byref(problem), backward)
-        packed = torch.empty(size, dtype=torch.uint8)
+        packed = torch.empty(size, dtype=torch.uint8, device="cpu")
         arguments = (ctypes.byref(problem), int(backward), w_hh.data_ptr(), packed.data_ptr())
         _check(self.library.sequencer2d_pack(self.number, *arguments))
         return packed

@@ -22,6 +22,24 @@ def shape_of(x: Tensor, directions: int, hidden: int, vertical: int) -> Shape:
     return Shape(batch=B, height=H, width=W, hidden=hidden, vertical=vertical, horizontal=directions - vertical)
 
 
+def _checked_shape(x: Tensor, w_ih: Tensor, w_hh: Tensor, vertical: int, *others: Tensor) -> Shape:
+    """Of a call whose tensors fit each other, as the kernels take them on trust.
+
+    Raises:
+        ValueError: They do not; of `others` only the dtype is looked at.
+    """
+    R, gates, D = w_hh.shape if w_hh.ndim == 3 else (0, 0, 0)
+    if gates != 4 * D or x.ndim != 4 or w_ih.shape != (R * gates, x.shape[-1]):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, w_ih, w_hh))
+        raise ValueError(f"x, w_ih and w_hh have shapes {shapes}; they must be [B, H, W, C], [R·4·D, C], [R, 4·D, D]")
+    if not (0 <= vertical <= 2 and R > 0 and 0 <= R - vertical <= 2):
+        raise ValueError(f"vertical={vertical} of {R} directions: each axis has at most 2")
+    dtypes = {tensor.dtype for tensor in (x, w_ih, w_hh, *others)}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        raise ValueError(f"tensors must all be fp32 or all bf16, not {', '.join(sorted(map(str, dtypes)))}")
+    return shape_of(x, R, D, vertical)
+
+
 def run_forward(
     x: Tensor, w_ih: Tensor, packed: Tensor, bias: Tensor, shape: Shape, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +73,7 @@ def bilstm2d(
     Returns:
         Hidden states `[B, H, W, R·D]`; gates and cells for the backward pass, empty where they are not kept.
     """
-    shape = shape_of(x, w_hh.shape[0], w_hh.shape[2], vertical)
+    shape = _checked_shape(x, w_ih, w_hh, vertical, bias)
     packed = kernel().pack(shape, w_hh.contiguous(), backward=False)
     return run_forward(x, w_ih, packed, bias, shape, keep)
 
@@ -75,13 +93,15 @@ def bilstm2d_backward(
     grad_y: Tensor, x: Tensor, w_ih: Tensor, w_hh: Tensor, y: Tensor, gates: Tensor, cells: Tensor, vertical: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x`, `w_ih`, `w_hh` and `bias`, from that of `y` and what `bilstm2d` kept."""
+    shape = _checked_shape(x, w_ih, w_hh, vertical, grad_y, y, gates, cells)
     if y.numel() == 0:
         return x.new_zeros(x.shape), torch.zeros_like(w_ih), torch.zeros_like(w_hh), w_ih.new_zeros(w_ih.shape[0])
-    shape = shape_of(x, w_hh.shape[0], w_hh.shape[2], vertical)
+    if gates.shape != (y.numel() // y.shape[3], w_ih.shape[0]) or cells.numel() != y.numel() or grad_y.shape != y.shape:
+        raise ValueError("gates and cells are not those that bilstm2d kept for this output (keep=True)")
     packed = kernel().pack(shape, w_hh.contiguous(), backward=True)
     grad_gates = torch.empty_like(gates)
     previous = y.new_empty(shape.directions, gates.shape[0], shape.hidden)  # hidden states that each step started from
-    grad_bias = torch.empty(w_ih.shape[0], dtype=torch.float32)
+    grad_bias = x.new_empty(w_ih.shape[0], dtype=torch.float32)
     kernel().backward(shape, packed, gates, cells, y, grad_y.contiguous(), grad_gates, previous, grad_bias)
     by_direction = zip(previous, grad_gates.chunk(shape.directions, dim=1), strict=True)
     grad_w_hh = [(hidden.t() @ of_gates).t() for hidden, of_gates in by_direction]  # faster than the other way round
