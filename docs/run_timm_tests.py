@@ -24,14 +24,7 @@ def _ours(*arguments, **options):
     return [name for name in names if timm.models.is_model_in_modules(name.partition(".")[0], {"registry"})]
 timm.list_models = _ours
 """
-SCRIPT = (
-    "TorchScript cannot read the shape annotations of our signatures (jaxtyping), nor modules as arguments, and "
-    "PyTorch has deprecated it; `torch.jit.trace`, fx, and `torch.export` (any batch, one image size) work "
-    "(tests/test_registry.py)"
-)
 WHY = {
-    "test_model_forward_torchscript": SCRIPT,
-    "test_model_forward_fx_torchscript": SCRIPT,
     "test_model_forward_intermediates": "it wants three stages at least; these have two: ",
 }
 
@@ -69,6 +62,7 @@ def main(checkout: Path) -> None:
         "`python docs/run_timm_tests.py path/to/pytorch-image-models`.",
         "Left out are the tests that load weights from the hub (`test_model_inference`, `…_load_pretrained`,",
         "`…_features_pretrained`); tests/test_hub.py tests that against a hub of its own.",
+        "timm has no tests of `torch.export`: [models.md](models.md) says what it takes, and why no more.",
         "",
         "| test | passed | skipped | failed | why |",
         "| --- | --- | --- | --- | --- |",
@@ -77,7 +71,7 @@ def main(checkout: Path) -> None:
         failed = kinds["failure"] + kinds["error"]
         if not any(kinds[kind] for kind in ("passed", "failure", "error")) and set(kinds["skipped"]) <= {""}:
             continue
-        why = WHY.get(test, "") + ("" if WHY.get(test) == SCRIPT else ", ".join(failed)) if failed else ""
+        why = WHY.get(test, "") + ", ".join(failed) if failed else ""
         if kinds["skipped"]:
             why = f"{why} skipped by timm for their size: {', '.join(kinds['skipped'])}".strip()
         lines.append(f"| `{test}` | {len(kinds['passed'])} | {len(kinds['skipped'])} | {len(failed)} | {why} |")

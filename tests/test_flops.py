@@ -71,6 +71,12 @@ def test_macs_of_a_convolutional_stem(size: tuple[int, int]) -> None:
     assert costs(model.config, size).macs == counted_macs(model, torch.zeros(1, 1, *size))
 
 
+@pytest.mark.parametrize("size", [0, -224, (224, 0), (-1, 224)])
+def test_what_is_no_size_is_named(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"image_size=.* must be a side in pixels, such as 224, or height and width"):
+        costs(get_config("sequencer2d_s"), size)
+
+
 def test_a_counter_that_skips_lstms_misses_two_fifths() -> None:
     model = Sequencer2D(get_config("sequencer2d_s")).eval()
     set_backend(model, "torch")

@@ -141,6 +141,20 @@ def test_published_weights_are_fetched_once_and_then_come_from_the_cache(
     assert hub.requests == before
 
 
+def test_weights_may_come_from_any_repository_name_or_folder(
+    hub: Hub, published: nn.Module, tmp_path: Path, tiny_config: SequencerConfig
+) -> None:
+    hub.files["someone/finetuned:model.safetensors"] = hub.files["timm/sequencer2d_test.in1k:model.safetensors"]
+    torch.save(published.state_dict(), tmp_path / "pytorch_model.bin")
+    for source in ("hf-hub:someone/finetuned", "sequencer2d_test", tmp_path, tmp_path / "pytorch_model.bin"):
+        model = create_model("sequencer2d_test", pretrained=source).eval()
+        assert torch.equal(model(IMAGE), published(IMAGE)), source
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth does not exist; give .*hf-hub:user/name"):
+        create_model("sequencer2d_test", pretrained="nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="no repository someone/nothing"):
+        create_model("sequencer2d_test", pretrained="hf-hub:someone/nothing")
+
+
 def test_another_number_of_classes_is_adapted_to_and_said(
     published: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,6 +175,10 @@ def test_without_a_network_the_error_says_how_to_pass_a_file(
     reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     with pytest.raises(FileNotFoundError, match=rf"sequencer2d_test\.in1k.*{reason}.*pretrained='path/to/file'"):
         create_model("sequencer2d_test", pretrained=True)
+    with pytest.raises(FileNotFoundError, match=rf"someone/animals.*{reason}.*give load_model\('path/to/file'\)"):
+        from_pretrained("someone/animals")
+    with pytest.raises(FileNotFoundError, match=rf"someone/animals.*{reason}.*the local file in its place"):
+        load_model("hf-hub:someone/animals")
 
 
 @pytest.mark.parametrize(

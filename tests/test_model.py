@@ -196,6 +196,8 @@ def test_without_classes_the_model_returns_the_pooled_features(tiny_config: Sequ
         ("hidden_sizes", (0, 4)),
         ("mlp_ratios", (2.0,)),
         ("mlp_ratios", (2.0, 0.0)),
+        ("mlp_ratios", (2.0, math.nan)),
+        ("mlp_ratios", (2.0, math.inf)),
         ("num_classes", -1),
         ("in_chans", 0),
         ("drop_rate", 1.0),
@@ -215,3 +217,47 @@ def test_an_impossible_architecture_is_an_error_that_names_the_field(
 ) -> None:
     with pytest.raises(ValueError, match=field):
         replace(tiny_config, **{field: value})
+
+
+ROUGH = {"float64": (torch.float64, 1e-5), "bfloat16": (torch.bfloat16, 0.05), "float16": (torch.float16, 0.01)}
+"""Data types, and how far in relation logits may be from those in single precision."""
+
+
+@pytest.mark.parametrize("name", ROUGH)
+def test_a_model_of_another_data_type(name: str, tiny_config: SequencerConfig) -> None:
+    kind, tolerance = ROUGH[name]
+    model, image = with_random_head(Sequencer2D(tiny_config)), torch.randn(4, 3, 17, 22)
+    exact = model(image).detach()
+    logits = model.to(kind)(image.to(kind))
+    assert logits.dtype == kind
+    assert (logits.detach().float() - exact).norm() < tolerance * exact.norm()
+    F.cross_entropy(logits.float(), torch.arange(4)).backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None, path
+        assert parameter.grad.dtype == kind, path
+        assert parameter.grad.isfinite().all(), path
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("overrides", [{}, CONV_STEM], ids=["plain patches", "convolutional stem"])
+def test_autocast_gives_nearly_the_same_and_gradients_in_single_precision(
+    name: str, overrides: dict[str, Any], tiny_config: SequencerConfig
+) -> None:
+    kind, tolerance = ROUGH[name]
+    model = with_random_head(Sequencer2D(replace(tiny_config, **overrides)))
+    image, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    exact = model(image)
+    F.cross_entropy(exact, labels).backward()
+    before = {path: parameter.grad for path, parameter in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", kind):
+        logits = model(image)
+    assert logits.dtype == kind
+    assert (logits - exact).norm() < tolerance * exact.norm()
+    F.cross_entropy(logits.float(), labels).backward()
+    for path, parameter in model.named_parameters():
+        assert parameter.grad is not None, path
+        assert parameter.grad.dtype == torch.float32, path
+    after = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    gradient = torch.cat([grad.flatten() for grad in before.values() if grad is not None])
+    assert (after - gradient).norm() < 3 * tolerance * gradient.norm()

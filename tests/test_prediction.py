@@ -4,15 +4,18 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from sequencer2d import prediction
 from sequencer2d.model import Sequencer2D, SequencerConfig
-from sequencer2d.prediction import predict, write_predictions
+from sequencer2d.prediction import Prediction, predict, write_predictions
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.weights import ModelCard, save_model
 
@@ -104,5 +107,63 @@ def test_files_of_answers_hold_the_same_as_the_answers(model_file: Path, folder:
         table = list(csv.DictReader(file))
     assert len(table) == 6 * 5 + 1
     assert [row["path"] for row in table if row["error"]] == [str(folder / "bad.jpg")]
-    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.csv"):
-        write_predictions(answers, tmp_path / "out.parquet")
+    with pytest.raises(ValueError, match=r"must end in \.jsonl, \.csv or \.parquet"):
+        write_predictions(answers, tmp_path / "out.xlsx")
+
+
+@pytest.fixture
+def parquet() -> Any:
+    return pytest.importorskip("pyarrow.parquet", reason="the extra parquet is not installed")
+
+
+def test_a_parquet_file_has_the_columns_of_the_csv_and_grows_by_groups(
+    parquet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "ROW_GROUP", 4)
+    answers = [
+        Prediction(path="a.png", classes=(("élan", 0.75), ("bee", 0.25))),
+        Prediction(path="bad.jpg", error="not an image"),
+        Prediction(path="c.png", classes=(("cat", 0.5), ("dog", 0.125))),
+    ]
+    write_predictions(answers, tmp_path / "out.parquet")
+    assert parquet.ParquetFile(tmp_path / "out.parquet").num_row_groups == 2
+    table = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert table[0] == {"path": "a.png", "rank": 1, "class": "élan", "probability": 0.75, "error": None}
+    assert table[2] == {"path": "bad.jpg", "rank": None, "class": None, "probability": None, "error": "not an image"}
+    write_predictions(answers, tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(table[0])
+    for row, same in zip(rows, table, strict=True):
+        written = same | {"probability": same["probability"] and f"{same['probability']:.6f}"}
+        assert row == {name: "" if value is None else str(value) for name, value in written.items()}
+    write_predictions([], tmp_path / "none.parquet")
+    assert parquet.read_table(tmp_path / "none.parquet").num_rows == 0
+
+
+def test_an_interrupted_parquet_file_is_not_there(
+    parquet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "ROW_GROUP", 1)
+
+    def interrupted() -> Iterator[Prediction]:
+        yield Prediction(path="a.png", classes=(("bee", 0.25),))
+        raise KeyboardInterrupt
+
+    (tmp_path / "out.parquet").write_bytes(b"before")
+    with pytest.raises(KeyboardInterrupt):
+        write_predictions(interrupted(), tmp_path / "out.parquet")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.parquet", b"before")]
+
+
+def test_without_pyarrow_the_extra_is_named_before_anything_is_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never() -> Iterator[Prediction]:
+        pytest.fail("predicted")
+        yield
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pip install 'sequencer2d\[parquet\]'"):
+        write_predictions(never(), tmp_path / "out.parquet")
+    assert list(tmp_path.iterdir()) == []

@@ -185,15 +185,89 @@ def test_it_can_be_traced() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes? .*_flat_weights:UserWarning")  # PyTorch's own, of nn.LSTM
-@pytest.mark.parametrize("name", ["sequencer2d_s_ref", "sequencer2d_s_add", "gru_sequencer2d_s"])
-def test_it_can_be_exported_for_any_batch(name: str) -> None:
+def test_plain_rnns_too_can_be_exported_for_any_batch() -> None:
     torch.manual_seed(0)
-    model: Any = timm.create_model(name, num_classes=7, **SMALL).eval()
+    model: Any = timm.create_model("rnn_sequencer2d_s", num_classes=7, **SMALL).eval()
     nn.init.normal_(model.head.fc.weight)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (IMAGE,), dynamic_shapes=({0: batch},))
     for image in (IMAGE, torch.randn(5, 3, 56, 70)):
         torch.testing.assert_close(program.module()(image), model(image))
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes? .*_flat_weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:_check_is_size will be removed:FutureWarning")  # PyTorch's own, in its helper
+@pytest.mark.parametrize(
+    ("name", "patch"),
+    [
+        ("sequencer2d_s_ref", "register_lstm_while_loop_decomposition"),
+        pytest.param("sequencer2d_s_add", "register_lstm_while_loop_decomposition", marks=pytest.mark.slow),
+        pytest.param("gru_sequencer2d_s", "register_gru_while_loop_decomposition", marks=pytest.mark.slow),
+    ],
+)
+def test_it_can_be_exported_for_any_batch_and_any_multiple_of_the_stride(name: str, patch: str) -> None:
+    patches = pytest.importorskip("torch.export._patches", reason="this torch unrolls recurrent layers in export")
+    two_stages = {"patch_sizes": (7, 2), "mlp_ratios": (3.0, 3.0)}
+    two_stages |= {key: value[:2] for key, value in SMALL.items()}
+    model: Any = timm.create_model(name, num_classes=7, **two_stages).eval()
+    nn.init.normal_(model.head.fc.weight)
+    batch, height, width = (torch.export.Dim(name, max=64) for name in ("batch", "height", "width"))
+    with torch.no_grad(), getattr(patches, patch)():
+        sizes = {0: batch, 2: 14 * height, 3: 14 * width}
+        program = torch.export.export(model, (IMAGE,), dynamic_shapes=(sizes,))
+    assert not [node for node in program.graph.nodes if "while" in str(node.target)], "the LSTMs stay whole"
+    for size in ((56, 70), (28, 28), (140, 42)):
+        image = torch.randn(3, 3, *size)
+        torch.testing.assert_close(program.module()(image), model(image))
+
+
+SCRIPT = """
+import io
+import sys
+import warnings
+
+import timm
+import torch
+
+import sequencer2d.registry
+from sequencer2d.zoo import VARIANTS, timm_name
+
+warnings.simplefilter("ignore", FutureWarning)  # PyTorch has deprecated it
+for name, variant in VARIANTS.items():
+    if timm_name(name) not in sys.argv[1:]:
+        continue
+    widths = {
+        field: tuple(width // 8 for width in getattr(variant.config, field))
+        for field in ("embed_dims", "hidden_sizes", "stem_widths")
+    }
+    layers = tuple(1 for _ in variant.config.layers)
+    model = timm.create_model(timm_name(name), **widths, layers=layers, num_classes=7, drop_path_rate=0.1).eval()
+    torch.nn.init.normal_(model.head.fc.weight)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), file)
+    file.seek(0)
+    scripted = torch.jit.load(file)
+    for size in ((32, 48), (33, 18)):
+        image = torch.randn(2, 3, *size)
+        torch.testing.assert_close(scripted(image), model(image), msg=f"{name} at {size}")
+    model.set_grad_checkpointing()
+    torch.jit.script(model.train())(image).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), name
+    print(timm_name(name))
+"""
+
+QUICK = ["sequencer2d_s_ref", "v_sequencer_s_pe", "sequencer2d_conv_t_patch4_32"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [QUICK, pytest.param([timm_name(name) for name in VARIANTS], marks=pytest.mark.slow)],
+    ids=["three", "all"],
+)
+def test_scripted_it_gives_the_same(names: list[str]) -> None:
+    """In a process of its own: TorchScript reads the source, which the checks of the test suite wrap."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *names], capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == set(names), done.stderr
 
 
 FX = """

@@ -1,5 +1,8 @@
 """The named variants: what they are for, what may be changed, and what a wrong name is told."""
 
+import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -91,3 +94,56 @@ def test_an_unknown_argument_is_told_the_near_one() -> None:
 def test_an_argument_that_does_not_fit_the_variant_is_named() -> None:
     with pytest.raises(ValueError, match="patch_sizes has 4 entries, layers has 2"):
         create_model("sequencer2d_s", layers=(2, 2))
+
+
+OTHER_TYPES = {
+    "get_config(S, layers=[2, 1.5, 1, 1])": "layers[1]=1.5 must be a whole number",
+    "get_config(S, layers='4383')": "layers='4383' must be a list of numbers, such as layers=[2, 2]",
+    "get_config(S, layers=4)": "layers=4 must be a list of numbers",
+    "get_config(S, hidden_sizes=(True, 96, 96, 96))": "hidden_sizes[0]=True must be a whole number",
+    "get_config(S, mlp_ratios=('3', 3, 3, 3))": "mlp_ratios[0]='3' must be a number",
+    "get_config(S, num_classes=2.5)": "num_classes=2.5 must be a whole number",
+    "get_config(S, num_classes='x')": "num_classes='x' must be a whole number",
+    "get_config(S, num_classes=True)": "num_classes=True must be a whole number",
+    "get_config(S, in_chans=None)": "in_chans=None must be a whole number",
+    "get_config(S, shuffle='no')": "shuffle='no' must be True or False",
+    "get_config(S, shuffle=1)": "shuffle=1 must be True or False",
+    "get_config(S, drop_rate='0.1')": "drop_rate='0.1' must be a number",
+    "get_config(S, mixer=None)": "mixer=None must be a text",
+    "create_model(None)": "not by None",
+    "create_model(['sequencer2d_s'])": "not by ['sequencer2d_s']",
+    "create_model(S, pretrained=1)": "pretrained=1 must be True, False, or say where weights are",
+    "create_model(S, pretrained='')": "pretrained='' must be True, False, or say where weights are",
+    "costs(get_config(S), True)": "image_size=True must be a side in pixels",
+    "costs(get_config(S), 224.0)": "image_size=224.0 must be a side in pixels",
+    "costs(get_config(S), (224,))": "image_size=(224,) must be a side in pixels",
+    "costs(get_config(S), '224')": "image_size='224' must be a side in pixels",
+    "asdict(get_config(S, layers=array([4, 3, 8, 3]), mlp_ratios=[3, 3, 3, 3], num_classes=int64(9)))": "",
+    "costs(get_config(S), int64(224)) == costs(get_config(S), [224, 224]) == costs(get_config(S), 224) or 1 / 0": "",
+}
+"""What users may write, and a part of the error that they get; none where it is right."""
+
+PROGRAM = """
+import json, sys
+from dataclasses import asdict
+from numpy import array, int64
+from sequencer2d.flops import costs
+from sequencer2d.zoo import create_model, get_config
+
+S = "sequencer2d_s"
+for expression in json.load(sys.stdin):
+    try:
+        json.dumps(eval(expression))
+        print()
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_values_of_another_type_are_named_and_numbers_of_numpy_taken() -> None:
+    """In a process of its own: the checks of the test suite would refuse them before we do."""
+    wishes = json.dumps(list(OTHER_TYPES))
+    done = subprocess.run([sys.executable, "-c", PROGRAM], input=wishes, capture_output=True, text=True, check=False)
+    assert len(done.stdout.splitlines()) == len(OTHER_TYPES), done.stderr
+    for (expression, hint), message in zip(OTHER_TYPES.items(), done.stdout.splitlines(), strict=True):
+        assert hint in message if hint else not message, f"{expression}: {message}"

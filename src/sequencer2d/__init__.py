@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sequencer2d.prediction import predict
     from sequencer2d.training.config import TrainConfig
     from sequencer2d.training.run import train
+    from sequencer2d.training.seeds import train_seeds
     from sequencer2d.weights import from_pretrained, load_model, push_to_hub, save_model
     from sequencer2d.zoo import create_model, list_models
 
@@ -31,6 +32,7 @@ _HOME = {
     "save_model": "sequencer2d.weights",
     "set_backend": "sequencer2d.layers",
     "train": "sequencer2d.training.run",
+    "train_seeds": "sequencer2d.training.seeds",
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "save_model",
     "set_backend",
     "train",
+    "train_seeds",
 ]
 
 

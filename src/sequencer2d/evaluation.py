@@ -18,7 +18,8 @@ from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.weights import ModelCard, find_model_file, load_model
+from sequencer2d.weights import ModelCard, load_model
+from sequencer2d.zoo import find_model_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def evaluate(
         data or trained["data"],
         root=data_root or (trained.get("data_root") if data is None else None),
         val_fraction=trained.get("val_fraction", 0.1),
-        seed=trained.get("seed", 0),
+        seed=trained.get("split_seed", trained.get("seed", 0)),
     )
     check_classes(card, images)
     run_dir = find_model_file(model).parent

@@ -1,22 +1,31 @@
-"""Writing files so that an interruption leaves the old one or the new one, never a half."""
+"""Writing files so that an interruption leaves the old one or the new one, never a half; and where caches lie."""
 
 import os
+import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BufferedWriter
 from pathlib import Path
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file through a temporary one beside it, flushed to disk before it takes the name.
+    """Writes a file at once, as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BufferedWriter]:
+    """A file to write piece by piece: a temporary one beside `path`, flushed to disk before it takes the name.
 
     Raises:
-        OSError: As `open` and `write` do; what was at `path` before is then untouched.
+        OSError: As `open` and `write` do; after this or any other exception what was at `path` before is untouched.
     """
-    data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes it private
@@ -27,6 +36,24 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_atomic` left in a folder when its process was killed. No other may be writing there."""
+    for path in folder.glob(".*.????????"):
+        if path.is_file():
+            path.unlink()
+
+
+def cache_folder(kind: str) -> Path:
+    """Where this user's caches of a kind lie: in `XDG_CACHE_HOME`, or what the platform has in its place."""
+    if "XDG_CACHE_HOME" in os.environ:
+        base = Path(os.environ["XDG_CACHE_HOME"])
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return base / "sequencer2d" / kind
 
 
 def _umask() -> int:

@@ -7,7 +7,9 @@ layer and `2·r·C²` in the MLP. Norms count as in fvcore, from which published
 2 of a batch norm. Biases, activations and gates are not counted.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -45,9 +47,13 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
 
     Args:
         config: The architecture.
-        image_size: Side of a square image, or height and width, in pixels.
+        image_size: Side of a square image, or height and width, in pixels. What the strides do not divide counts as
+            padded, as the model pads it.
+
+    Raises:
+        ValueError: It is no size.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = _height_width(image_size)
     with torch.device("meta"):
         model = Sequencer2D(config)
     macs = kept = peak = 0
@@ -91,6 +97,15 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
         training_activations=kept,
         inference_activations=peak,
     )
+
+
+def _height_width(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = tuple(image_size) if isinstance(image_size, Iterable) and len(image_size) == 2 else (image_size, image_size)
+    if not all(isinstance(side, Integral) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise ValueError(
+            f"image_size={image_size!r} must be a side in pixels, such as 224, or height and width, such as (448, 320)"
+        )
+    return int(sides[0]), int(sides[1])
 
 
 def bilstm2d_costs(tokens: int, dim: int, hidden_size: int) -> MixerCosts:

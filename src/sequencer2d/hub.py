@@ -6,10 +6,15 @@ PREFIX = "hf-hub:"
 """Begins the name of a model on the hub, as in timm: `hf-hub:user/name`."""
 
 
-def download(repo_id: str, filename: str) -> Path:
+def download(repo_id: str, filename: str, *, instead: str) -> Path:
     """Path of a file of a hub repository in the local cache, downloaded if need be.
 
     The hub's environment variables hold: `HF_HOME` (cache), `HF_HUB_OFFLINE=1` (cache only), `HF_TOKEN`, `HF_ENDPOINT`.
+
+    Args:
+        repo_id: `user/name`.
+        filename: In that repository.
+        instead: What the caller can be given to do without the hub; the error says so.
 
     Raises:
         FileNotFoundError: The repository or file does not exist, or there is no network and it is not in the cache.
@@ -33,15 +38,14 @@ def download(repo_id: str, filename: str) -> Path:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise FileNotFoundError(
             f"{repo_id}/{filename} is not in the cache and {why}; "
-            "download it where there is a network and pass the local file: create_model(…, pretrained='path/to/file')"
+            f"download it where there is a network and give {instead}"
         ) from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo_id} has no {filename} on the hub") from error
     except (HfHubHTTPError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{repo_id}/{filename} could not be downloaded: {first_line}; "
-            "try again, or pass a local file: create_model(…, pretrained='path/to/file')"
+            f"{repo_id}/{filename} could not be downloaded: {first_line}; try again, or give {instead}"
         ) from error
 
 

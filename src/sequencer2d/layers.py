@@ -2,10 +2,10 @@
 
 Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size per direction.
 Feature maps are channels-last, `[B, H, W, C]`; images are `[B, C, H, W]`. Parameter names are timm's.
+So that `torch.jit.script` reads them too, forward passes have their shapes in words and take no modules as arguments.
 """
 
 import torch
-from jaxtyping import Float
 from timm.layers import DropPath, Mlp
 from timm.models import register_notrace_function
 from torch import Tensor, nn
@@ -34,22 +34,36 @@ class BiLSTM2D(nn.Module):
         self.rnn_h = self.cell(input_size, hidden_size, batch_first=True, bidirectional=self.bidirectional)
         self.fc = nn.Linear(2 * output_size(self.rnn_v), input_size)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_v, self.rnn_h):
-            return self.fc(native.bilstm2d(x, self.rnn_v, self.rnn_h))
-        return self.fc(torch.cat([over_columns(self.rnn_v, x), over_rows(self.rnn_h, x)], dim=-1))
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_v, self.rnn_h):
+                return self.fc(native.bilstm2d(x, self.rnn_v, self.rnn_h))
+        vertical, _ = self.rnn_v(columns(x))
+        horizontal, _ = self.rnn_h(rows(x))
+        return self.fc(torch.cat([from_columns(vertical, x), from_rows(horizontal, x)], dim=-1))
 
 
-def over_columns(rnn: nn.Module, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W D"]:
-    """Runs a recurrent layer from top to bottom (and back up, where it is bidirectional)."""
-    return over_rows(rnn, x.transpose(1, 2)).transpose(1, 2)
+def columns(x: Tensor) -> Tensor:
+    """Every column as a sequence from top to bottom: `[B, H, W, C]` to `[B·W, H, C]`."""
+    return rows(x.transpose(1, 2))
 
 
-def over_rows(rnn: nn.Module, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W D"]:
-    """Runs a recurrent layer from left to right (and back, where it is bidirectional)."""
+def rows(x: Tensor) -> Tensor:
+    """Every row as a sequence from left to right: `[B, H, W, C]` to `[B·H, W, C]`."""
     B, H, W, C = x.shape
-    y, _ = rnn(x.reshape(B * H, W, C))
-    return y.reshape(B, H, W, -1)
+    return x.reshape(B * H, W, C)
+
+
+def from_columns(y: Tensor, x: Tensor) -> Tensor:
+    """What a recurrent layer puts out for the columns of `x`, in their places: `[B·W, H, D]` to `[B, H, W, D]`."""
+    return from_rows(y, x.transpose(1, 2)).transpose(1, 2)
+
+
+def from_rows(y: Tensor, x: Tensor) -> Tensor:
+    """What a recurrent layer puts out for the rows of `x`, in their places: `[B·H, W, D]` to `[B, H, W, D]`."""
+    B, H, W, _ = x.shape
+    return y.reshape(B, H, W, y.shape[-1])
 
 
 def output_size(rnn: nn.RNNBase) -> int:
@@ -85,11 +99,15 @@ class AddBiLSTM2D(BiLSTM2D):
         super().__init__(input_size, hidden_size)
         self.fc = nn.Linear(output_size(self.rnn_v), input_size)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_v, self.rnn_h):
-            vertical, horizontal = native.bilstm2d(x, self.rnn_v, self.rnn_h).chunk(2, dim=-1)
-            return self.fc(vertical + horizontal)
-        return self.fc(over_columns(self.rnn_v, x) + over_rows(self.rnn_h, x))
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_v, self.rnn_h):
+                vertical, horizontal = native.bilstm2d(x, self.rnn_v, self.rnn_h).chunk(2, dim=-1)
+                return self.fc(vertical + horizontal)
+        vertical, _ = self.rnn_v(columns(x))
+        horizontal, _ = self.rnn_h(rows(x))
+        return self.fc(from_columns(vertical, x) + from_rows(horizontal, x))
 
 
 class UnfusedBiLSTM2D(BiLSTM2D):
@@ -111,10 +129,13 @@ class VerticalBiLSTM(nn.Module):
         self.rnn_v = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
         check_width(output_size(self.rnn_v), input_size)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_v):
-            return native.bilstm2d(x, self.rnn_v, None)
-        return over_columns(self.rnn_v, x)
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_v):
+                return native.bilstm2d(x, self.rnn_v, None)
+        y, _ = self.rnn_v(columns(x))
+        return from_columns(y, x)
 
 
 class HorizontalBiLSTM(nn.Module):
@@ -127,10 +148,13 @@ class HorizontalBiLSTM(nn.Module):
         self.rnn_h = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
         check_width(output_size(self.rnn_h), input_size)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn_h):
-            return native.bilstm2d(x, None, self.rnn_h)
-        return over_rows(self.rnn_h, x)
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_h):
+                return native.bilstm2d(x, None, self.rnn_h)
+        y, _ = self.rnn_h(rows(x))
+        return from_rows(y, x)
 
 
 class BiLSTM1D(nn.Module):
@@ -143,10 +167,13 @@ class BiLSTM1D(nn.Module):
         self.rnn = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
         check_width(output_size(self.rnn), input_size)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
-        if not torch.jit.is_scripting() and native.serves(self.backend, x, self.rnn):
-            return native.bilstm2d(x.flatten(1, 2).unsqueeze(1), None, self.rnn).reshape(x.shape)
-        return over_rows(self.rnn, x.flatten(1, 2).unsqueeze(1)).reshape(x.shape)
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn):
+                return native.bilstm2d(x.flatten(1, 2).unsqueeze(1), None, self.rnn).reshape(x.shape)
+        y, _ = self.rnn(x.flatten(1, 2))
+        return y.reshape(x.shape)
 
 
 def check_width(width: int, input_size: int) -> None:
@@ -204,7 +231,8 @@ class Sequencer2DBlock(nn.Module):
         self.mlp_channels = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
         x = x + self.drop_path(self.rnn_tokens(self.norm1(x)))
         x = x + self.drop_path(self.mlp_channels(self.norm2(x)))
         return x
@@ -220,14 +248,16 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, *grid_size, dim))
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
         return x + resample_grid(self.weight, x.shape[1], x.shape[2])
 
 
 class ShuffleTokens(nn.Module):
     """Permutes the tokens of a batch at random in training: the paper's test that order matters (appendix C)."""
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B H W C"]:
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, H, W, C]`."""
         if not self.training:
             return x
         tokens = x.flatten(1, 2)
@@ -241,7 +271,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
+    def forward(self, image: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, h, w, D]`."""
         return self.proj(pad_to_multiple(image, self.proj.stride[0])).permute(0, 2, 3, 1)
 
 
@@ -260,7 +291,8 @@ class ConvPatchEmbed(nn.Module):
             conv = nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
             self.steps.append(nn.Sequential(conv, nn.BatchNorm2d(after), nn.GELU(), nn.MaxPool2d(2)))
 
-    def forward(self, image: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
+    def forward(self, image: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, h, w, D]`."""
         return self.steps(pad_to_multiple(image, self.patch_size)).permute(0, 2, 3, 1)
 
 
@@ -271,28 +303,30 @@ class Downsample2D(nn.Module):
         super().__init__()
         self.down = nn.Conv2d(input_dim, output_dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w D"]:
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, h, w, D]`."""
         x = x.permute(0, 3, 1, 2)
         return self.down(pad_to_multiple(x, self.down.stride[0])).permute(0, 2, 3, 1)
 
 
 @register_notrace_function
-def resample_grid(grid: Float[Tensor, "1 H W C"], height: int, width: int) -> Float[Tensor, "1 h w C"]:
-    """A grid of vectors at another resolution (bicubic, as timm resamples position embeddings)."""
-    if grid.shape[1:3] == (height, width):
+def resample_grid(grid: Tensor, height: int, width: int) -> Tensor:
+    """A grid of vectors at another resolution, `[1, H, W, C]` to `[1, h, w, C]` (bicubic, as timm resamples
+    position embeddings)."""
+    if grid.shape[1] == height and grid.shape[2] == width:
         return grid
     floats = grid.permute(0, 3, 1, 2).float()  # the CPU has no kernel for half precision
-    resized = F.interpolate(floats, (height, width), mode="bicubic", antialias=True)
+    resized = F.interpolate(floats, [height, width], mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1).to(grid.dtype)
 
 
 @register_notrace_function
-def pad_to_multiple(x: Float[Tensor, "B C H W"], multiple: int) -> Float[Tensor, "B C h w"]:
-    """Pads with zeros below and to the right, so that a strided convolution loses no border pixels.
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pads `[B, C, H, W]` with zeros below and to the right, so that a strided convolution loses no border pixels.
 
     The official code and timm's crop up to `multiple - 1` rows and columns silently.
     """
     H, W = x.shape[-2:]
     if H % multiple or W % multiple:
-        x = F.pad(x, (0, -W % multiple, 0, -H % multiple))
+        x = F.pad(x, [0, -W % multiple, 0, -H % multiple])
     return x

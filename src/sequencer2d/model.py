@@ -5,9 +5,10 @@ Shapes: `B` batch, `H` rows, `W` columns, `C` channels. Feature maps are channel
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from jaxtyping import Float
@@ -64,12 +65,14 @@ class SequencerConfig:
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(field.name, field.type, getattr(self, field.name)))
         stages = len(self.layers)
         for name in ("layers", "patch_sizes", "embed_dims", "hidden_sizes", "mlp_ratios"):
             values = getattr(self, name)
             if len(values) != stages or not stages:
                 raise ValueError(f"{name} has {len(values)} entries, layers has {stages}; give one per stage")
-            if min(values) <= 0:
+            if not all(0 < value < math.inf for value in values):
                 raise ValueError(f"{name}={values} must be positive")
         if self.num_classes < 0 or self.in_chans < 1:
             raise ValueError(f"num_classes={self.num_classes} must be ≥ 0 and in_chans={self.in_chans} ≥ 1")
@@ -95,6 +98,26 @@ class SequencerConfig:
             raise ValueError(f"stem_widths={self.stem_widths} must end in embed_dims[0]={self.embed_dims[0]}")
 
 
+def _plain(name: str, kind: Any, value: Any) -> Any:
+    """A value of a field in Python's own type: numbers of numpy become int and float, lists tuples.
+
+    Raises:
+        ValueError: It is of another kind than the field.
+    """
+    if get_origin(kind) is tuple:
+        if not isinstance(value, Iterable) or isinstance(value, str | dict):
+            raise ValueError(f"{name}={value!r} must be a list of numbers, such as {name}=[2, 2]")
+        return tuple(_plain(f"{name}[{i}]", get_args(kind)[0], number) for i, number in enumerate(value))
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    if kind not in (int, float) and isinstance(value, bool if kind is bool else str):
+        return value
+    wanted = {int: "a whole number", float: "a number", bool: "True or False"}.get(kind, "a text")
+    raise ValueError(f"{name}={value!r} must be {wanted}")
+
+
 class Stage(nn.Module):
     """Blocks at one resolution, after the downsampling that leads to it."""
 
@@ -104,9 +127,10 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x: Float[Tensor, "B H W C"]) -> Float[Tensor, "B h w D"]:
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, C]` to `[B, h, w, D]`."""
         x = self.downsample(x)
-        if self.grad_checkpointing:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
@@ -120,6 +144,8 @@ class Sequencer2D(nn.Module):
     Example: `Sequencer2D(SequencerConfig(layers=(2,), patch_sizes=(4,), embed_dims=(64,), hidden_sizes=(16,),
     mlp_ratios=(3.0,)))(torch.randn(1, 3, 32, 32)).shape == (1, 1000)`
     """
+
+    __jit_unused_properties__ = ("num_classes", "in_chans")  # TorchScript cannot read a dataclass
 
     default_cfg: dict[str, Any]
     pretrained_cfg: dict[str, Any]
@@ -215,15 +241,16 @@ class Sequencer2D(nn.Module):
         """Channels of the image."""
         return self.config.in_chans
 
-    def forward_features(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B h w D"]:
-        """Normalised feature map of the last stage, channels-last."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Normalised feature map of the last stage, channels-last: `[B, C, H, W]` to `[B, h, w, D]`."""
         return self.norm(self.stages(self.shuffle(self.pos_embed(self.stem(x)))))
 
-    def forward_head(self, x: Float[Tensor, "B h w D"], pre_logits: bool = False) -> Float[Tensor, "..."]:
-        """Logits of a feature map, or the pooled features before the classifier."""
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits `[B, num_classes]` of a feature map `[B, h, w, D]`, or the pooled features before the classifier."""
         return self.head(x, pre_logits=pre_logits)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "..."]:
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` to logits `[B, num_classes]`."""
         return self.forward_head(self.forward_features(x))
 
     # What timm asks of its models (timm/models/_features.py, timm/optim/_param_groups.py; docs/models.md).

@@ -14,7 +14,7 @@ from PIL import Image
 
 from sequencer2d.data.images import IMAGE_EXTENSIONS, ImageError, open_image
 from sequencer2d.data.transforms import EvalTransform, normalize
-from sequencer2d.files import write_atomic
+from sequencer2d.files import atomic_file, write_atomic
 from sequencer2d.weights import load_model
 
 
@@ -83,26 +83,61 @@ def _files(paths: Iterable[str | Path]) -> Iterator[str]:
         yield from below or [path]
 
 
+Row = tuple[str, int | None, str | None, float | None, str | None]
+COLUMNS = ("path", "rank", "class", "probability", "error")
+ROW_GROUP = 2**16
+"""Rows of a Parquet file that are written, and can be read, together."""
+
+
 def write_predictions(predictions: Iterable[Prediction], path: Path) -> None:
-    """Writes JSON lines or CSV, by the file's extension, atomically.
+    """Writes JSON lines, CSV or Parquet, by the file's extension, atomically.
+
+    In the latter two each class of an image is a row of `COLUMNS`; a file that could not be read is one, too. Parquet
+    is written as the predictions come, the others at the end.
 
     Raises:
-        ValueError: The extension is neither `.jsonl` nor `.csv`.
+        ValueError: The extension is none of `.jsonl`, `.csv` and `.parquet`.
+        ImportError: `.parquet` without the extra `parquet`.
     """
+    if path.suffix == ".parquet":
+        _write_parquet(predictions, path)
+        return
     if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"{path} must end in .jsonl or .csv")
+        raise ValueError(f"{path} must end in .jsonl, .csv or .parquet")
     text = io.StringIO(newline="")
     if path.suffix == ".csv":
         writer = csv.writer(text)
-        writer.writerow(["path", "rank", "class", "probability", "error"])
-        for prediction in predictions:
-            if prediction.error is not None:
-                writer.writerow([prediction.path, "", "", "", prediction.error])
-            for rank, (name, probability) in enumerate(prediction.classes, start=1):
-                writer.writerow([prediction.path, rank, name, f"{probability:.6f}", ""])
+        writer.writerow(COLUMNS)
+        for file, rank, name, probability, error in _rows(predictions):
+            writer.writerow([file, rank, name, "" if probability is None else f"{probability:.6f}", error])
     else:
         for prediction in predictions:
             classes = [{"class": name, "probability": probability} for name, probability in prediction.classes]
             row = {"path": prediction.path, "classes": classes, "error": prediction.error}
             text.write(json.dumps(row, ensure_ascii=False) + "\n")
     write_atomic(path, text.getvalue())
+
+
+def _rows(predictions: Iterable[Prediction]) -> Iterator[Row]:
+    for prediction in predictions:
+        if prediction.error is not None:
+            yield prediction.path, None, None, None, prediction.error
+        for rank, (name, probability) in enumerate(prediction.classes, start=1):
+            yield prediction.path, rank, name, probability, None
+
+
+def _write_parquet(predictions: Iterable[Prediction], path: Path) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(f"{path} needs pyarrow: pip install 'sequencer2d[parquet]', or write .csv") from error
+    kinds = (pyarrow.string(), pyarrow.int32(), pyarrow.string(), pyarrow.float32(), pyarrow.string())
+    schema = pyarrow.schema(list(zip(COLUMNS, kinds, strict=True)))
+    rows = _rows(predictions)
+    with atomic_file(path) as file, parquet.ParquetWriter(file, schema) as writer:
+        while group := list(islice(rows, ROW_GROUP)):
+            columns = [
+                pyarrow.array(column, kind) for column, kind in zip(zip(*group, strict=True), kinds, strict=True)
+            ]
+            writer.write_table(pyarrow.table(columns, schema))

@@ -20,6 +20,7 @@ from sequencer2d.files import write_atomic
 
 if TYPE_CHECKING:
     from sequencer2d.data.check import Report
+    from sequencer2d.training.config import TrainConfig
 
 
 class VerbParser(ArgumentParser):
@@ -53,6 +54,8 @@ def train(arguments: list[str]) -> int:
     tune_allocator()  # before torch is imported
     parser = VerbParser("sequencer2d train", description="Train a Sequencer2D; without options: the embedded digits.")
     add_config_options(parser)
+    seeds_help = "train with each of these seeds, such as 0,1,2, and sum up"
+    parser.add_argument("--seeds", type=str | None, default=None, help=seeds_help)
     given = [argument.partition("=")[0] for argument in arguments]
     if not {"--config", "--data", "--resume"} & set(given):
         arguments = ["--config", "digits", *arguments]
@@ -63,13 +66,20 @@ def train(arguments: list[str]) -> int:
             arguments[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
     options = parser.parse_args(arguments)
     del options["config"]
+    seeds = options.pop("seeds")
     from sequencer2d.training.config import TrainConfig
 
     config = TrainConfig(**parser.instantiate(options).as_dict())
+    if seeds is not None:
+        return _train_seeds(config, seeds)
+    from sequencer2d.training.ranks import is_first_process
     from sequencer2d.training.run import train as run_training
 
-    _log_to_screen()
+    first = is_first_process()
+    _log_to_screen(logging.INFO if first else logging.CRITICAL)
     result = run_training(config)
+    if not first:
+        return DONE if result.finished else STOPPED
     if not result.finished:
         again = f"sequencer2d train --resume {result.run_dir}"
         print(f"stopped after {result.updates:,} updates; continue with: {again}", file=sys.stderr)
@@ -82,6 +92,25 @@ def train(arguments: list[str]) -> int:
         print(f"{len(result.skipped)} images could not be read; result.json and the report name them")
     print(f"model  {result.run_dir / 'model.safetensors'}")
     print(f"report {result.run_dir / 'report.html'}")
+    return DONE
+
+
+def _train_seeds(config: "TrainConfig", seeds: str) -> int:
+    """`sequencer2d train --seeds`"""
+    from sequencer2d.training.seeds import HEADINGS, train_seeds
+
+    if not re.fullmatch(r"\d+(,\d+)*", seeds):
+        raise ValueError(f"--seeds {seeds}: give whole numbers with commas between them, such as 0,1,2")
+    _log_to_screen()
+    result = train_seeds(config, [int(seed) for seed in seeds.split(",")])
+    if not result.finished:
+        print(f"stopped after {len(result.runs)} seeds; continue with the same command", file=sys.stderr)
+        return STOPPED
+    table = Table(*(Column(heading, justify="right") for heading in HEADINGS), box=None)
+    for row in result.rows():
+        table.add_row(*row)
+    Console().print(table)
+    print(f"seeds  {result.run_dir / 'seeds.json'}")
     return DONE
 
 
@@ -121,7 +150,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("paths", nargs="+", help="image files, folders, or - for an image on standard input")
     parser.add_argument("--top_k", type=int, default=5, help="classes per image")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
-    parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl or .csv")
+    parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl, .csv or .parquet")
     options = parser.parse_args(arguments)
     failed = 0
 
@@ -309,6 +338,7 @@ def _prepare_shards(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     root = Path(options.root).expanduser()
     data = load_data(options.source, root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
+    there = (root / INDEX).is_file()
     with _progress_bar("images") as advance:
         shards = write_shards(data, root, images_per_shard=options.images_per_shard, progress=advance)
     for split in dict.fromkeys(shard.split for shard in shards):
@@ -316,6 +346,8 @@ def _prepare_shards(arguments: list[str]) -> int:
         images, size = sum(shard.num_images for shard in chosen), sum(shard.size for shard in chosen)
         print(f"{split:<6} {images:,} images in {len(chosen):,} shards, {size / 1e6:,.1f} MB")
     print(f"list   {root / INDEX}")
+    if there:
+        print("note: it was there already and is unchanged; to make it anew, remove it first")
     return DONE
 
 
@@ -330,21 +362,25 @@ def models(arguments: list[str]) -> int:
         "memory of activations in fp32 (half of it in bf16) in training and in inference. More: docs/models.md.",
     )
     parser.add_argument("contains", nargs="?", default="", help="only names that contain this text")
-    parser.add_argument("--image_size", type=int, help="side of the image in pixels; default: the variant's")
+    parser.add_argument(
+        "--image_size", type=str, help="side in pixels, or height and width such as 448x320; default: the variant's"
+    )
     options = parser.parse_args(arguments)
-    if options.image_size is not None and options.image_size < 1:
-        raise ValueError(f"--image-size {options.image_size} must be at least 1")
+    given = None if options.image_size is None else _height_width(options.image_size)
+    names = list_models(options.contains)
+    if not names:
+        raise ValueError(f"no model's name contains {options.contains!r} (all: sequencer2d models)")
     headings = ("params", "image", "MACs", "MiB train", "MiB infer")
     numbers = (Column(heading, justify="right", no_wrap=True) for heading in headings)
     table = Table(Column("name", no_wrap=True), *numbers, "weights", box=None, padding=(0, 1, 0, 0))
-    for name in list_models(options.contains):
+    for name in names:
         variant = VARIANTS[name]
-        side = options.image_size or variant.image_size
-        cost = costs(variant.config, side)
+        height, width = given or (variant.image_size, variant.image_size)
+        cost = costs(variant.config, (height, width))
         table.add_row(
             name,
             f"{cost.parameters / 1e6:.2f} M",
-            f"{side}²",
+            f"{height}²" if height == width else f"{height}×{width}",
             f"{cost.macs / 1e9:.2f} G",
             f"{cost.training_activations * 4 / 2**20:.0f}",
             f"{cost.inference_activations * 4 / 2**20:.1f}",
@@ -354,15 +390,23 @@ def models(arguments: list[str]) -> int:
     return DONE
 
 
+def _height_width(text: str) -> tuple[int, int]:
+    """Of `448` or `448x320`. Raises ValueError for other texts."""
+    match = re.fullmatch(r"([1-9]\d{0,5})(?:[x×]([1-9]\d{0,5}))?", text)
+    if not match:
+        raise ValueError(f"--image-size {text} must be a side in pixels such as 448, or height and width, 448x320")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def _percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{fraction:.2%}"
 
 
-def _log_to_screen() -> None:
+def _log_to_screen(level: int = logging.INFO) -> None:
     """Our own messages, without time and level, on standard error; Lightning's only from warnings on."""
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
     logger = logging.getLogger("sequencer2d")
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))

@@ -5,9 +5,7 @@ The files of others, the official code's and timm's, are read too: what they do 
 
 import json
 import logging
-import os
 import tempfile
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,10 @@ from timm.data import ImageNetInfo
 
 from sequencer2d.adapters import ModelFileError, fit, infer_config, is_pickle, read_state_dict
 from sequencer2d.files import write_atomic
-from sequencer2d.hub import PREFIX, download, upload
+from sequencer2d.hub import PREFIX, upload
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.zoo import VARIANTS, timm_name
+from sequencer2d.zoo import VARIANTS, find_model_file, timm_name
 
 FORMAT = "sequencer2d/1"
 
@@ -91,7 +89,10 @@ def load_model(source: str | Path) -> tuple[Sequencer2D, ModelCard]:
         FileNotFoundError: Nothing lies there, the folder holds no finished model, or there is no network.
         ModelFileError: The file holds something else, is damaged, or does not fit its own description.
     """
-    path = find_model_file(source)
+    return _load(find_model_file(source))
+
+
+def _load(path: Path) -> tuple[Sequencer2D, ModelCard]:
     metadata = _metadata(path)
     if metadata is None or "format" not in metadata or metadata["format"] == "pt":
         return _load_foreign(path)
@@ -190,46 +191,6 @@ def _class_names(count: int) -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names() if count == 1000 else map(str, range(count)))
 
 
-def find_model_file(source: str | Path) -> Path:
-    """The file that a model's name means: itself, `model.safetensors` of a run folder, or one from the hub.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    text = str(source)
-    if text.startswith(PREFIX):
-        return _download(text.removeprefix(PREFIX))
-    path = Path(source)
-    if not path.exists() and text in VARIANTS and VARIANTS[text].hub_id:
-        return _download(VARIANTS[text].hub_id)
-    if path.is_dir():
-        path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path / "model.safetensors")
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{source} holds no model.safetensors; a run writes it when its training ends "
-                "(continue a stopped run with `sequencer2d train --run-dir …`)"
-            )
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{source} does not exist; give a model file, the folder of a run, {PREFIX}user/name, or one of "
-            f"{', '.join(name for name, variant in VARIANTS.items() if variant.hub_id)}"
-        )
-    if not os.access(path, os.R_OK):
-        raise PermissionError(f"{source} cannot be read; check its permissions")
-    return path
-
-
-_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
-"""Weights in a folder: ours and timm's, and timm's where it was told to write no safetensors."""
-
-
-def _download(repo_id: str) -> Path:
-    """The weights of a hub repository, and beside them its description, if it has one."""
-    with suppress(FileNotFoundError):
-        download(repo_id, "config.json")
-    return download(repo_id, "model.safetensors")
-
-
 def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple[str, ...]) -> list[str]:
     """Copies the weights of a model to start a training from; returns what had to be changed, in words.
 
@@ -250,8 +211,12 @@ def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple
 
 
 def from_pretrained(repo_id: str) -> tuple[Sequencer2D, ModelCard]:
-    """The model of a repository on the Hugging Face hub, ours or timm's; the same as `load_model("hf-hub:…")`."""
-    return load_model(PREFIX + repo_id.removeprefix(PREFIX))
+    """The model of a repository on the Hugging Face hub, ours or timm's; the same as `load_model("hf-hub:…")`.
+
+    Raises:
+        FileNotFoundError, ModelFileError: As `load_model`.
+    """
+    return _load(find_model_file(PREFIX + repo_id.removeprefix(PREFIX), instead="load_model('path/to/file')"))
 
 
 def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False) -> str:

@@ -2,12 +2,14 @@
 
 import difflib
 import logging
+import os
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sequencer2d.adapters import load_weights
-from sequencer2d.hub import download
+from sequencer2d.hub import PREFIX, download
 from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.preprocessing import Preprocessing
@@ -194,6 +196,8 @@ def get_variant(name: str) -> Variant:
     Raises:
         ValueError: No variant has it; the message lists the near ones.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a model is named by a text such as 'sequencer2d_s', not by {name!r}")
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(VARIANTS)}"
@@ -214,12 +218,8 @@ def get_config(name: str, **overrides: Any) -> SequencerConfig:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise ValueError(f"a Sequencer has no argument {key!r}: {hint}")
-        known[key] = tuple(value) if isinstance(value, list | tuple) else value
-    try:
-        return SequencerConfig(**known)
-    except TypeError as error:
-        changes = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
-        raise ValueError(f"{changes}: {error}; stages take one number each, such as layers=[2, 2]") from error
+        known[key] = tuple(value) if isinstance(value, list) else value
+    return SequencerConfig(**known)
 
 
 def create_model(
@@ -231,9 +231,10 @@ def create_model(
 
     Args:
         name: A name of `list_models()`.
-        pretrained: True: with the published weights, from the Hugging Face hub or its cache. A path: with the weights
-            of that file, be it the official code's, timm's or ours. Another number of classes or image channels is
-            adapted to, with a word. Default: freshly initialised.
+        pretrained: True: with the published weights, from the Hugging Face hub or its cache. Or where weights are: a
+            file of the official code's, timm's or ours, a run folder, another name that has published weights, or
+            `hf-hub:user/name`. Another number of classes or image channels is adapted to, with a word. Default:
+            freshly initialised.
         backend: What runs the LSTMs: native (our CPU kernels), torch, or auto, the kernels where they are and fit.
         overrides: Arguments of `SequencerConfig`.
 
@@ -245,14 +246,67 @@ def create_model(
     variant = get_variant(name)
     config = get_config(name, **overrides)
     if pretrained is True and not variant.hub_id:
-        published = ", ".join(name for name, variant in VARIANTS.items() if variant.hub_id)
-        raise ValueError(f"no weights of {name} are published ({published} have some); pass pretrained='path/to/file'")
+        raise ValueError(f"no weights of {name} are published ({_published()} have some); pass {_PRETRAINED_FILE}")
+    if not isinstance(pretrained, bool | str | Path) or pretrained == "":
+        raise ValueError(f"pretrained={pretrained!r} must be True, False, or say where weights are: {_PRETRAINED_FILE}")
     model = Sequencer2D(config)
     set_backend(model, backend)
     model.default_cfg = model.pretrained_cfg = variant.default_cfg()
     if pretrained:
-        path = download(variant.hub_id, "model.safetensors") if pretrained is True else Path(pretrained)
-        path = path / "model.safetensors" if path.is_dir() else path
+        source = PREFIX + variant.hub_id if pretrained is True else pretrained
+        path = find_model_file(source, instead=f"create_model(…, {_PRETRAINED_FILE})")
         notes = load_weights(model, path)
         log.info("weights of %s from %s%s", name, path, "".join(f"; {note}" for note in notes))
     return model
+
+
+_PRETRAINED_FILE = "pretrained='path/to/file'"
+
+
+def find_model_file(source: str | Path, *, instead: str = "the path of the local file in its place") -> Path:
+    """The file that a model's name means.
+
+    Args:
+        source: A file; a run folder, or one of timm's; `hf-hub:user/name`; a name of the zoo with published weights.
+        instead: What a caller without a network is told to give.
+
+    Raises:
+        FileNotFoundError: There is none.
+        PermissionError: It cannot be read.
+    """
+    text = str(source)
+    if text.startswith(PREFIX):
+        return _download(text.removeprefix(PREFIX), instead)
+    path = Path(source)
+    if not path.exists() and text in VARIANTS and VARIANTS[text].hub_id:
+        return _download(VARIANTS[text].hub_id, instead)
+    if text and path.is_dir():
+        path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path / "model.safetensors")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{source} holds no model.safetensors; a run writes it when its training ends "
+                "(continue a stopped run with `sequencer2d train --run-dir …`)"
+            )
+    if not text or not path.is_file():
+        raise FileNotFoundError(
+            f"{source or 'a model without a name'} does not exist; "
+            f"give a model file, the folder of a run, {PREFIX}user/name, or one of {_published()}"
+        )
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{source} cannot be read; check its permissions")
+    return path
+
+
+_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+"""Weights in a folder: ours and timm's, and timm's where it was told to write no safetensors."""
+
+
+def _published() -> str:
+    return ", ".join(name for name, variant in VARIANTS.items() if variant.hub_id)
+
+
+def _download(repo_id: str, instead: str) -> Path:
+    """The weights of a hub repository, and beside them its description, if it has one."""
+    with suppress(FileNotFoundError):
+        download(repo_id, "config.json", instead=instead)
+    return download(repo_id, "model.safetensors", instead=instead)

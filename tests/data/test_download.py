@@ -16,6 +16,7 @@ import pytest
 
 from sequencer2d.data import download as module
 from sequencer2d.data.download import download
+from sequencer2d.data.web import Patience
 
 CONTENT = bytes(i * i % 251 for i in range(100_000))
 OTHER = bytes(reversed(CONTENT))
@@ -91,8 +92,9 @@ def server() -> Iterator[Server]:
 
 
 def fetch(server: Server, path: Path, content: bytes = CONTENT, **options) -> None:
-    options = {"timeout_s": 5.0, "backoff_s": 0.001, **options}
-    download(server.url, path, checksum=checksum(content), next_step="Do that", **options)
+    progress = options.pop("progress", None)
+    patience = Patience(**{"timeout_s": 5.0, "first_delay_s": 0.001, **options})
+    download(server.url, path, checksum=checksum(content), next_step="Do that", progress=progress, patience=patience)
 
 
 def names(folder: Path) -> list[str]:
@@ -148,7 +150,7 @@ def test_busy_for_too_long_then_run_again(server: Server, tmp_path: Path) -> Non
     server.script = ["reset", *["503"] * 3]
     with pytest.raises(ConnectionError) as error:
         fetch(server, tmp_path / "file.bin", attempts=3)
-    message = f"file.bin: cannot be downloaded from {server.url} (503 Service Unavailable). Do that"
+    message = f"file.bin: cannot be downloaded from {server.url} (the server answered 503 Service Unavailable). Do that"
     assert str(error.value) == message
     assert names(tmp_path) == ["file.bin.part", "file.bin.part.mark"]
     fetch(server, tmp_path / "file.bin")
@@ -218,7 +220,7 @@ def test_wrong_checksum_leaves_nothing(server: Server, tmp_path: Path) -> None:
 def test_no_network_is_said_at_once(server: Server, tmp_path: Path) -> None:
     server.close()
     with pytest.raises(ConnectionError, match=rf"cannot be downloaded from {server.url} \(.*refused\)\. Do that"):
-        fetch(server, tmp_path / "file.bin", backoff_s=60.0)
+        fetch(server, tmp_path / "file.bin", first_delay_s=60.0)
 
 
 def test_a_file_that_does_not_fit_is_not_begun(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +259,9 @@ def test_killed_and_gone_on_with(server: Server, tmp_path: Path) -> None:
     program = """
         import os, signal, sys
         from pathlib import Path
-        from sequencer2d.data import download as module
+        from sequencer2d.data import download as module, web
 
-        module.CHUNK = 1000
+        web.CHUNK_BYTES = 1000
         url, path, checksum = sys.argv[1:]
         pieces = 0
 

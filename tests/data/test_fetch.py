@@ -118,7 +118,7 @@ def test_a_part_and_the_whole_and_the_wrong_size(kind: str, server: FlakyServer,
     url = {**urls, "pipe": f"pipe:cat {path}", "path": path}[kind]
     assert fetch(url) == CONTENT
     assert fetch(url, start=300, size=7, total=SIZE) == CONTENT[300:307]
-    with pytest.raises(ShardError, match=r"file: 1,048,576 bytes, where shards.json says 1,048,577"):
+    with pytest.raises(ShardError, match=r"file: 1,048,576 bytes, where its list says 1,048,577"):
         fetch(url, size=SIZE + 1, total=SIZE + 1)
 
 

@@ -7,12 +7,13 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from sequencer2d.data.images import MAX_PIXELS, ImageError, open_image
+from sequencer2d.data.images import MAX_PIXELS, ImageError, open_image, open_picture
 
 RAMP = np.linspace(0, 1, 16).repeat(16).reshape(16, 16).T  # [H, W], black on the left to white on the right
 
@@ -144,6 +145,53 @@ def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
 def test_damaged_exif_does_not_cost_the_image(file: str, exif: bytes, tmp_path: Path) -> None:
     """Pillow warns of some of it and fails on some, differently from format to format."""
     assert_ramp(open_image(saved(grey().convert("RGB"), tmp_path / file, exif=exif, quality=100)))
+
+
+JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "colour": ("RGB", {}),
+    "full colour": ("RGB", {"subsampling": "4:4:4"}),
+    "wide colour": ("RGB", {"subsampling": "4:2:2"}),
+    "progressive": ("RGB", {"progressive": True}),
+    "restarts": ("RGB", {"restart_marker_blocks": 2}),
+    "not YCbCr": ("RGB", {"keep_rgb": True}),
+    "grey": ("L", {}),
+    "CMYK": ("CMYK", {}),
+    "turned": ("RGB", {"exif": b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"}),
+}
+"""Mode and options of files that cameras, scanners and web sites write."""
+
+
+@pytest.mark.parametrize("factor", [None, 1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(300, 200), (131, 67), (9, 17), (7, 5)])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_every_jpeg_has_pillows_pixels(
+    kind: str, size: tuple[int, int], factor: int | None, photo: Image.Image, tmp_path: Path
+) -> None:
+    factor = factor and min(factor, *size)
+    mode, options = JPEGS[kind]
+    path = saved(photo.resize(size).convert(mode), tmp_path / "a.jpg", quality=90, **options)
+    path.write_bytes(path.read_bytes() + b"garbage at the end")
+    with Image.open(path) as image:
+        if factor and kind != "turned":
+            image.draft(None, (size[0] // factor, size[1] // factor))
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=int)
+    reduction = None if factor is None else lambda width, height: factor
+    for opened in (open_image(path, reduction), open_picture(path, reduction)):
+        np.testing.assert_allclose(np.asarray(opened, dtype=int), expected, atol=1)
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("kind", ["colour", "progressive", "grey"])
+def test_a_truncated_jpeg_is_an_error_wherever_it_ends(
+    kind: str, kept: float, photo: Image.Image, tmp_path: Path
+) -> None:
+    mode, options = JPEGS[kind]
+    path = saved(photo.convert(mode), tmp_path / "a.jpg", **options)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    for reduction in (None, lambda width, height: 2):
+        with pytest.raises(ImageError, match=r"a\.jpg: (not an image|cannot be decoded: .*truncated)"):
+            open_picture(path, reduction)
 
 
 def test_animation_gives_its_first_frame(tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.data.mixup import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
-from sequencer2d.data.loaders import seed_generators
-from sequencer2d.data.mixing import BatchMixing
+from sequencer2d.data.mixing import BatchMixing, seed_generators
 from sequencer2d.training.config import AugmentConfig
 
 NO_MIXING: dict[str, Any] = {"random_erasing": 0.0, "mixup_alpha": 0.0, "cutmix_alpha": 0.0}
@@ -22,7 +22,8 @@ def mix(batch_size: int, num_classes: int, **options: Any) -> tuple[tuple[Tensor
     images = torch.arange(1.0, batch_size + 1).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).clone()
     labels = torch.arange(batch_size) % num_classes
     mixing = BatchMixing(AugmentConfig(**{**NO_MIXING, **options}), num_classes)
-    return (images, labels), mixing(images.clone(), labels)
+    mixed, targets = mixing(images.clone(), labels)
+    return (images, labels), (mixing.erase(mixed, [(i,) for i in range(batch_size)]), targets)
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,12 +65,36 @@ def test_a_target_holds_each_label_by_its_share_of_the_pixels(kind: str, batch_s
         torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (12, 3, 100, 100), (6, 3, 220, 220), (50, 1, 9, 7)])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_images_are_mixed_as_timm_mixes_them(kind: str, shape: tuple[int, int, int, int]) -> None:
+    """To the bit; a few images at a time, which shapes make one, some or all."""
+    options: dict[str, Any] = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, f"{kind}_alpha": 1.0}
+    images, labels = torch.randn(shape), torch.arange(shape[0])
+    mixing = BatchMixing(AugmentConfig(**{**NO_MIXING, **options}), shape[0])
+    for seed in range(3):
+        seed_generators(seed)
+        theirs = Mixup(**options, label_smoothing=0.1, num_classes=shape[0])(images.clone(), labels)
+        seed_generators(seed)
+        ours = mixing(images.clone(), labels)
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
 @pytest.mark.parametrize("options", [{}, {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_prob": 0.0}])
 def test_without_mixing_the_loss_is_torchs_with_label_smoothing(options: dict[str, float]) -> None:
     (images, labels), (mixed, targets) = mix(7, 5, label_smoothing=0.1, **options)
     logits = torch.randn(7, 5)
     assert torch.equal(mixed, images)
     torch.testing.assert_close(F.cross_entropy(logits, targets), F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def test_mixing_can_be_left_out_and_smoothing_stays() -> None:
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    mixing = BatchMixing(AugmentConfig(random_erasing=0.0, mixup_alpha=0.8, cutmix_alpha=1.0), 4)
+    same, targets = mixing(images.clone(), labels, mix=False)
+    assert torch.equal(same, images)
+    assert torch.allclose(targets, 0.9 * torch.eye(4) + 0.1 / 4)
 
 
 def test_mix_prob_is_the_share_of_mixed_batches() -> None:
@@ -82,7 +107,6 @@ def test_mix_prob_is_the_share_of_mixed_batches() -> None:
 @pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.25, 0.15, 0.35), (1.0, 0.97, 1)])
 def test_erasing_has_its_probability_and_leaves_labels_alone(probability: float, low: float, high: float) -> None:
     """At one of the 200 images in a hundred timm finds no rectangle that fits."""
-    seed_generators(0)
     (images, labels), (erased, targets) = mix(200, 3, random_erasing=probability, label_smoothing=0.0)
     share = (images != erased).flatten(1).any(1).float().mean().item()
     assert low <= share <= high
@@ -90,7 +114,6 @@ def test_erasing_has_its_probability_and_leaves_labels_alone(probability: float,
 
 
 def test_erasing_fills_a_rectangle_with_noise() -> None:
-    seed_generators(0)
     (images, _), (erased, _) = mix(50, 3, random_erasing=1.0)
     for before, after in zip(images[:, 0], erased[:, 0], strict=True):
         changed = before != after

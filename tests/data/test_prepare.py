@@ -5,88 +5,42 @@ The official archives are replaced by small ones of the same format, made here.
 
 import errno
 import hashlib
-import io
 import json
 import os
-import pickle
-import struct
-import subprocess
-import sys
+import shutil
 import tarfile
-import textwrap
 import threading
-import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
-from scipy.io import savemat
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from official_archives import (
+    CLASSES,
+    WORDS,
+    cifar_archive,
+    folder_files,
+    imagenet_archives,
+    jpeg,
+    python2_pickle,
+    snapshot,
+    tar_of,
+    tiny_files,
+    write_files,
+    write_zip,
+)
 from sequencer2d.cli import DONE, WRONG_INPUT, main
 from sequencer2d.data import layouts
-from sequencer2d.data import prepare as module
 from sequencer2d.data.archives import ArchiveError
 from sequencer2d.data.catalog import load_data, split_names
 from sequencer2d.data.prepare import prepare
-
-CLASSES = {"cifar10": [f"class{i}" for i in range(10)], "cifar100": [f"fine_{i:02}" for i in range(100)]}
-WORDS = {
-    "n02012849": "crane",
-    "n01742172": "boa constrictor, Constrictor constrictor",
-    "n03126707": "crane",
-}
-
-
-def snapshot(root: Path) -> dict[str, bytes | None]:
-    """Everything in a folder but locks and the marks of scratch folders."""
-    paths = (path for path in sorted(root.rglob("*")) if not path.name.endswith(".lock"))
-    return {path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-_Pickler: Any = vars(pickle)["_Pickler"]  # the one in Python, whose parts can be replaced
-
-
-class Python2Pickler(_Pickler):
-    """Writes what the official files hold: byte strings of Python 2, and NumPy's old names."""
-
-    dispatch: ClassVar[dict[Any, Any]] = dict(_Pickler.dispatch)
-
-    def save_bytes(self, value: bytes) -> None:
-        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
-        self.memoize(value)
-
-    def save_global(self, value: object, name: str | None = None) -> None:
-        names = {np.ndarray: "numpy\nndarray", np.dtype: "numpy\ndtype"}
-        named = names[value] if isinstance(value, type) else "numpy.core.multiarray\n_reconstruct"
-        self.write(pickle.GLOBAL + named.encode() + b"\n")
-
-    dispatch[bytes] = save_bytes
-    dispatch[type] = save_global
-    dispatch[type(lambda: None)] = save_global
-
-
-def python2_pickle(value: object) -> bytes:
-    buffer = io.BytesIO()
-    Python2Pickler(buffer, 2).dump(value)
-    return buffer.getvalue()
-
-
-def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # pyright: ignore[reportCallIssue, reportArgumentType]
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 @pytest.fixture
@@ -94,99 +48,12 @@ def cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     """Makes an official archive of random pixels, whose checksums take the place of the official ones."""
 
     def make(name: str) -> Path:
-        dataset, random = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name], np.random.RandomState(0)
-        files = {}
-        for file, _ in [*dataset.train_list, *dataset.test_list]:
-            count = 2 * len(CLASSES[name])
-            pixels = random.randint(0, 256, (count, 3072)).astype(np.uint8)
-            labels_key = b"labels" if name == "cifar10" else b"fine_labels"
-            files[file] = python2_pickle({b"data": pixels, labels_key: [i % (count // 2) for i in range(count)]})
-        classes = [class_name.encode() for class_name in CLASSES[name]]
-        files[dataset.meta["filename"]] = python2_pickle({dataset.meta["key"].encode(): classes})
-        (tmp_path / "source").mkdir(exist_ok=True)
-        archive = tmp_path / "source" / dataset.filename
-        archive.write_bytes(tar_of({f"{dataset.base_folder}/{file}": c for file, c in files.items()}, "w:gz"))
-        md5s = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
-        monkeypatch.setattr(dataset, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-        monkeypatch.setattr(dataset, "train_list", [[file, md5s[file]] for file, _ in dataset.train_list])
-        monkeypatch.setattr(dataset, "test_list", [[file, md5s[file]] for file, _ in dataset.test_list])
-        monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": md5s[dataset.meta["filename"]]})
+        archive, checksums = cifar_archive(tmp_path / "source", name)
+        for attribute, value in checksums.items():
+            monkeypatch.setattr(layouts.DATASETS[name], attribute, value)
         return archive
 
     return make
-
-
-def jpeg(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.RandomState(seed).randint(0, 256, (6, 6, 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def tiny_files() -> dict[str, bytes]:
-    """Tiny-ImageNet's official layout: three classes of three training and two validation images."""
-    top, lines, files = "tiny-imagenet-200", [], {}
-    for number, wnid in enumerate(WORDS):
-        files[f"{top}/train/{wnid}/{wnid}_boxes.txt"] = b"boxes"
-        files |= {f"{top}/train/{wnid}/images/{wnid}_{i}.JPEG": jpeg(10 * number + i) for i in range(3)}
-    for i in range(6):
-        files[f"{top}/val/images/val_{i}.JPEG"] = jpeg(100 + i)
-        lines.append(f"val_{i}.JPEG\t{list(WORDS)[i % 3]}\t0\t0\t9\t9\n")
-    files[f"{top}/val/val_annotations.txt"] = "".join(lines).encode()
-    files[f"{top}/test/images/test_0.JPEG"] = jpeg(0)
-    files[f"{top}/wnids.txt"] = "\n".join(WORDS).encode()
-    files[f"{top}/words.txt"] = "".join(f"{wnid}\t{words}\n" for wnid, words in WORDS.items()).encode()
-    return files
-
-
-def write_zip(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def write_files(root: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-    return root
-
-
-def imagenet_archives(folder: Path, **changes: object) -> Path:
-    """The three archives: two classes of two and three training images, four validation images."""
-    counts = {"n02012849": 2, "n03126707": 3}
-    ids = {"n03126707": 1, "n02012849": 2}
-    rows = [(3, "n00000001", "animal", 2, 0), *((ids[w], w, WORDS[w], 0, counts[w]) for w in counts)]
-    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O"), ("num_train_images", "O")]
-    meta = io.BytesIO()
-    savemat(meta, {"synsets": np.array(rows, dtype=fields)})
-    truth = str(changes.get("truth", "1\n2\n2\n1\n"))
-    kit = {
-        "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
-        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
-    }
-    train = {
-        f"{wnid}.tar": tar_of({f"{wnid}_{i}.JPEG": jpeg(i + 10 * count) for i in range(count)})
-        for wnid, count in counts.items()
-    }
-    val = {f"ILSVRC2012_val_0000000{i}.JPEG": jpeg(50 + i) for i in (4, 2, 3, 1)}
-    for change in (train, val):
-        for key in list(change):
-            if key == changes.get("without"):
-                del change[key]
-    if extra := changes.get("extra"):
-        assert isinstance(extra, dict)
-        train |= extra
-    return write_files(
-        folder,
-        {
-            "ILSVRC2012_devkit_t12.tar.gz": tar_of(kit, "w:gz"),
-            "ILSVRC2012_img_train.tar": tar_of(train),
-            "ILSVRC2012_img_val.tar": tar_of(val),
-        },
-    )
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -255,7 +122,22 @@ def test_pickle_that_would_run_something(cifar: Callable[[str], Path], tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("value", [{}, {b"data": 3, b"labels": [1]}, {b"data": b"x", b"labels": [1]}, [1]])
+BLACK = np.zeros((1, 3072), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {b"data": 3, b"labels": [1]},
+        {b"data": b"x", b"labels": [1]},
+        [1],
+        {b"data": BLACK, b"labels": [10]},
+        {b"data": BLACK, b"labels": [-1]},
+        {b"data": BLACK, b"labels": [b"1"]},
+        {b"data": BLACK, b"labels": [1, 1]},
+    ],
+)
 def test_batch_that_makes_no_sense(value: object, monkeypatch: pytest.MonkeyPatch) -> None:
     content = python2_pickle(value)
     monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", hashlib.md5(content).hexdigest()]])
@@ -317,6 +199,17 @@ def test_tiny_imagenet_that_lacks_something(gone: str, added: str, message: str,
     assert snapshot(tmp_path / "data") == {}
 
 
+def test_tiny_imagenet_whose_val_lacks_a_class(tmp_path: Path) -> None:
+    files, annotations = tiny_files(), "tiny-imagenet-200/val/val_annotations.txt"
+    lines = files[annotations].splitlines(keepends=True)
+    files[annotations] = b"".join(line for number, line in enumerate(lines) if number % 3)
+    for number in (0, 3):
+        del files[f"tiny-imagenet-200/val/images/val_{number}.JPEG"]
+    with pytest.raises(ValueError, match=r"wnids\.txt, train and val do not have the same classes"):
+        prepare("tiny-imagenet", tmp_path / "data", write_files(tmp_path / "t", files))
+    assert snapshot(tmp_path / "data") == {}
+
+
 def test_imagenet(tmp_path: Path) -> None:
     source = imagenet_archives(tmp_path / "source")
     before = snapshot(source)
@@ -359,10 +252,6 @@ def test_imagenet_archive_missing(tmp_path: Path) -> None:
     (imagenet_archives(tmp_path / "source") / "ILSVRC2012_img_val.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"source: lacks ILSVRC2012_img_val\.tar; download"):
         prepare("imagenet", tmp_path / "data", tmp_path / "source")
-
-
-def folder_files() -> dict[str, bytes]:
-    return {f"{c}/{'deep/' * (i % 2)}{i}.jpg": jpeg(i) for c in ("cat", "dog") for i in range(6)}
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
@@ -427,17 +316,21 @@ def test_finished_set_is_left_alone_and_others_are_not_touched(tmp_path: Path) -
     again = prepare("pets", tmp_path / "data", source, seed=9)
     assert (again.made, again.num_images, again.folder) == (False, first.num_images, first.folder)
     assert snapshot(tmp_path / "data") == before
-    write_files(tmp_path / "data/mine", {"notes.txt": b"mine"})
-    with pytest.raises(FileExistsError, match="mine: there already, and not made by prepare"):
-        prepare("mine", tmp_path / "data", source)
-    assert (tmp_path / "data/mine/notes.txt").read_bytes() == b"mine"
+    for file in ("notes.txt", "classes.json", "train/cat/1.jpg"):
+        write_files(tmp_path / "data/mine", {file: b"mine"})
+        with pytest.raises(FileExistsError, match="mine: there already, and not made by prepare"):
+            prepare("mine", tmp_path / "data", source)
+        assert snapshot(tmp_path / "data/mine")[file] == b"mine"
+        shutil.rmtree(tmp_path / "data/mine")
 
 
-def test_target_within_the_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by_link", [False, True])
+def test_target_within_the_source(by_link: bool, tmp_path: Path) -> None:
     source = write_files(tmp_path / "source", folder_files())
+    (tmp_path / "link").symlink_to(source)
     before = snapshot(source)
     with pytest.raises(ValueError, match="lies in the source"):
-        prepare("pets", source / "cat", source)
+        prepare("pets", (tmp_path / "link" if by_link else source) / "cat", source)
     assert snapshot(source) == before
 
 
@@ -476,90 +369,6 @@ def test_full_disk(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ):
         prepare("pets", tmp_path / "data", source)
     assert snapshot(tmp_path / "data") == {}
-
-
-DRIVER = """
-    import os, signal, sys
-    from pathlib import Path
-    from sequencer2d.data.prepare import prepare
-
-    name, source, root, step = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-    EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
-
-    def run(data, fatal):  # in a process of its own that kills itself before its `fatal`-th change to the disk
-        child = os.fork()
-        if child:
-            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        count = 0
-
-        def hook(event, arguments):
-            nonlocal count
-            if event in EVENTS and any(str(data) in str(argument) for argument in arguments):
-                count += 1
-                if count == fatal:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        os.sync = lambda: None
-        sys.addaudithook(hook)
-        prepare(name, data, source)
-        os._exit(0)
-
-    def files(data):
-        if not data.exists():
-            return None
-        return {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
-
-    assert run(root / "whole", 0) == 0
-    whole = files(root / "whole" / name)
-    assert whole
-    fatal, kept, killed_twice = 1, 0, 0
-    while True:
-        data = root / str(fatal)
-        status = run(data, fatal)
-        assert status in (0, -signal.SIGKILL), status
-        assert files(data / name) in (None, whole), f"half of it after kill {fatal}"
-        kept += files(data / name) is not None
-        if status == 0:
-            break
-        killed_twice += run(data, max(1, fatal // 2)) != 0
-        assert files(data / name) in (None, whole), f"half of it after two kills, {fatal}"
-        assert run(data, 0) == 0
-        assert files(data / name) == whole, fatal
-        assert sorted(p.name for p in data.iterdir()) in ([f".prepare-{name}.lock", name], [name]), fatal
-        fatal += step
-    print(fatal, kept, killed_twice)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-imagenet", "imagenet", "pets", "zipped"])
-def test_killed_at_any_instant(name: str, tmp_path: Path) -> None:
-    _kill_many_times(name, 1, tmp_path)
-
-
-def test_killed_at_some_instants(tmp_path: Path) -> None:
-    _kill_many_times("tiny-imagenet", 7, tmp_path)
-
-
-def _kill_many_times(name: str, step: int, folder: Path) -> None:
-    source = {
-        "tiny-imagenet": lambda: write_zip(folder / "source/t.zip", tiny_files()),
-        "imagenet": lambda: imagenet_archives(folder / "source"),
-        "pets": lambda: write_files(folder / "source", folder_files()),
-        "zipped": lambda: write_zip(folder / "source/x.zip", folder_files()),
-    }[name]()
-    before = snapshot(folder / "source")
-    driver = folder / "driver.py"
-    driver.write_text(textwrap.dedent(DRIVER))
-    command = [sys.executable, str(driver), name, str(source), str(folder / "out"), str(step)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(module.__file__).parents[2])}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
-    assert result.returncode == 0, result.stderr
-    kills, kept, killed_twice = map(int, result.stdout.split())
-    assert kills // step >= 5
-    assert killed_twice >= 1
-    assert kept >= 1
-    assert snapshot(folder / "source") == before
 
 
 def test_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Every operation is Pillow's to the bit, and what is chosen, how often and how strongly is distributed as timm's."""
+"""Every operation is Pillow's, all but large shears and shifts to the bit; choices are distributed as timm's."""
 
 import random
 from collections import Counter
@@ -45,7 +45,9 @@ def test_every_operation_is_pillows(name: str, side: int, monkeypatch: pytest.Mo
             ours = images.copy()
             arguments: list[Any] = [rand_augment._ARGUMENTS[name](level / 10, sign * level / 10)] * len(images)
             augment.apply(ours, np.array([name] * len(images)), arguments, np.zeros(len(images)))
-            np.testing.assert_array_equal(ours, expected, err_msg=f"{name} at {sign * level}")
+            tolerance = 1 if name in rand_augment._OFFSETS and side > rand_augment._PILLOW_SIZE else 0
+            difference = np.abs(ours.astype(int) - expected)
+            assert difference.max() <= tolerance, f"{name} at {sign * level}"
 
 
 def test_images_without_arguments_are_left_alone() -> None:
@@ -85,12 +87,17 @@ def test_calls_are_distributed_as_timms(policy: str) -> None:
     for _ in range(count):
         transform(None)
     ours: list[Any] = []
-    augment = RandAugment(policy, fill=FILL, interpolation="random")
-    augment.functions = {name: Recorder(name, ours) for name in augment.functions}
-    image = np.zeros((120, 120, 3), np.uint8)  # large ones go through the functions one by one
+
+    class Recording(RandAugment):
+        def apply(
+            self, images: Any, names: np.ndarray, arguments: list[tuple[Any, ...] | None], interpolate: np.ndarray
+        ) -> None:
+            calls = zip(names, arguments, map(self._resample, interpolate), strict=True)
+            ours.extend(call for call in calls if call[1] is not None)
+
+    augment = Recording(policy, fill=FILL, interpolation="random")
     seeds = np.random.default_rng(1).integers(2**63, size=count)
-    same = np.broadcast_to(image, (count, *image.shape))
-    augment(same_view(same), uniforms(seeds, augment.num_randoms))
+    augment(np.zeros((count, 1, 1, 3), np.uint8), uniforms(seeds, augment.num_randoms))
 
     def summary(calls: list[Any]) -> dict[str, tuple[float, ...]]:
         names = Counter(name for name, _, _ in calls)
@@ -110,13 +117,3 @@ def test_calls_are_distributed_as_timms(policy: str) -> None:
         assert found[name][3] == pytest.approx(negative, abs=0.05), name
     bicubic = sum(resample == Image.Resampling.BICUBIC for _, _, resample in ours) / len(ours)
     assert bicubic == pytest.approx(0.5, abs=0.02)
-
-
-def same_view(images: np.ndarray) -> np.ndarray:
-    """30,000 times the same image without its memory, into which nothing can be written."""
-
-    class Unwritten(np.ndarray):
-        def __setitem__(self, key: Any, value: Any) -> None:
-            pass
-
-    return images.view(Unwritten)

@@ -2,11 +2,9 @@
 
 import json
 import re
-import signal
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from official_archives import snapshot
 from sequencer2d.cli import DONE, WRONG_INPUT, main
 from sequencer2d.data.catalog import load_data
 from sequencer2d.data.fetch import ShardError
@@ -89,7 +88,7 @@ def test_a_folder_of_shards_looks_as_documented(shards: Path) -> None:
     assert {shard["file"]: shard["size"] for shard in index["shards"]} == {
         path.name: path.stat().st_size for path in shards.glob("*.tar")
     }
-    assert [path.name for path in shards.parent.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in shards.parent.glob(".*") if path.suffix != ".lock"] == []
 
 
 def test_files_keep_their_bytes_and_labels_and_names(data: ImageData, shards: Path) -> None:
@@ -147,35 +146,25 @@ def test_the_webdataset_library_reads_them(data: ImageData, shards: Path) -> Non
 def test_a_failure_leaves_nothing(data: ImageData, tmp_path: Path) -> None:
     assert isinstance(data.train, FileImages)
     (data.train.root / data.train.files[-1]).unlink()
-    before = sorted(tmp_path.iterdir())
+    before = snapshot(tmp_path)
     with pytest.raises(FileNotFoundError, match=data.train.files[-1]):
         write_shards(data, tmp_path / "shards", images_per_shard=2)
-    assert sorted(tmp_path.iterdir()) == before
+    assert snapshot(tmp_path) == before
 
 
-def test_a_kill_leaves_nothing_that_counts_and_the_next_attempt_clears_it(tmp_path: Path) -> None:
-    program = f"""if True:
-        import os, signal, numpy as np
-        from pathlib import Path
-        from sequencer2d.data.sets import ArrayImages, ImageData
-        from sequencer2d.data.shards import write_shards
-        images = ArrayImages(np.zeros((9, 8, 8, 3), np.uint8), np.arange(9) % 2, [str(i) for i in range(9)])
-        data = ImageData(name="x", class_names=("a", "b"), train=images, val=images, test=None, val_source="given")
-        die = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done == KILL_AT else None
-        write_shards(data, Path({str(tmp_path / "shards")!r}), images_per_shard=3, progress=die)
-    """
-    killed = subprocess.run([sys.executable, "-c", program.replace("KILL_AT", "12")])
-    assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [".shards.partial"]
-    subprocess.run([sys.executable, "-c", program.replace("KILL_AT", "-1")], check=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
-    assert len(load(tmp_path / "shards").train) == 9
+def test_written_again_it_is_left_alone(data: ImageData, shards: Path) -> None:
+    before = snapshot(shards)
+    again = write_shards(data, shards, images_per_shard=9)
+    assert [shard.num_images for shard in again] == [4, 4, 4, 2, 4, 1, 3]
+    with pytest.raises(ValueError, match=r"shards: holds the shards of another data set or split; remove it"):
+        write_shards(replace(data, test=None), shards)
+    assert snapshot(shards) == before
 
 
 def test_a_folder_with_something_in_it_is_left_alone(data: ImageData, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"full: exists and is not an empty folder"):
+    with pytest.raises(FileExistsError, match=r"full: exists and is not an empty folder"):
         write_shards(data, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="images_per_shard=0"):
@@ -246,7 +235,7 @@ def relabel(label: bytes) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "header": (corrupt_header, r"train-000001.tar: damaged tar header at byte [\d,]+; copy it again"),
     "bits": (flip_a_pixel, r"train-000001.tar: not the file that shards.json describes; copy both again"),
-    "shorter": (truncate, r"train-000001.tar: [\d,]+ bytes, where shards.json says [\d,]+"),
+    "shorter": (truncate, r"train-000001.tar: [\d,]+ bytes, where its list says [\d,]+"),
     "no image": (drop(r"000000005\.(png|jpeg)"), r"train-000001.tar/000000005: 0 images, where one is needed"),
     "no sample": (drop(r"000000005\..*"), r"train-000001.tar/000000005: missing"),
     "no label": (drop(r"000000005\.cls"), r"train-000001.tar/000000005.cls: label '' is not one of the 3 classes"),
@@ -304,13 +293,12 @@ def test_a_list_that_makes_no_sense_is_named(change: Callable[[Any], Any], messa
         load(shards)
 
 
-def test_a_list_that_is_no_json_or_missing_is_named(shards: Path) -> None:
+def test_a_list_that_is_no_json_or_missing_is_named(shards: Path, tmp_path: Path) -> None:
     (shards / "shards.json").write_text("{")
     with pytest.raises(ShardError, match=r"shards.json: not a list"):
         load(shards)
-    (shards / "shards.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"shards.json: missing; .* sequencer2d prepare shards"):
-        load(shards / "train-000000.tar")
+    with pytest.raises(FileNotFoundError, match=r"shards.json: missing; prepare shards"):
+        load(tmp_path / "nothing" / "shards.json")
     with pytest.raises(ValueError, match=r"write {} where the name of a file belongs"):
         load("pipe:cat shards.tar")
     with pytest.raises(ValueError, match=r"root='x' is for the data sets of the catalogue"):
@@ -327,5 +315,7 @@ def test_the_verb_writes_what_train_reads(tmp_path: Path, capsys: pytest.Capture
     data, original = load_data(str(root)), load_data("digits")
     assert data.class_names == original.class_names
     np.testing.assert_array_equal(data.val.labels, original.val.labels)
-    assert main(arguments) == WRONG_INPUT
-    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert main(arguments) == DONE
+    assert "already and is unchanged" in capsys.readouterr().out
+    assert main([*arguments, "--val-fraction", "0.5"]) == WRONG_INPUT
+    assert "holds the shards of another data set or split" in capsys.readouterr().err

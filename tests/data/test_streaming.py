@@ -1,5 +1,6 @@
 """Shards as a stream: every image once, in an order that no number of workers, stop or server changes."""
 
+import gc
 import itertools
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +27,7 @@ from flaky import FlakyServer, flaky_server
 from sequencer2d.data import fetch, loaders
 from sequencer2d.data.catalog import load_data
 from sequencer2d.data.fetch import Patience, ShardError
+from sequencer2d.data.images import Picture
 from sequencer2d.data.loaders import Batch, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, ImageData
 from sequencer2d.data.shards import Shard, ShardImages, ShardLocation, load_shards, write_shards
@@ -173,7 +176,7 @@ def test_the_number_of_workers_changes_nothing(num_workers: int, world_size: int
 
 def test_two_ranks_see_disjoint_halves(root: Path) -> None:
     images = train_images(root / "shards")
-    one, other = (indices(epoch(loader(images, batch_size=11, rank=rank, world_size=2))) for rank in (0, 1))
+    one, other = (indices(epoch(loader(images, batch_size=22, rank=rank, world_size=2))) for rank in (0, 1))
     assert len(one) == len(other) == 11
     assert not set(one) & set(other)
 
@@ -264,11 +267,7 @@ def test_a_shard_that_does_not_come_is_given_up_by_name_after_what_came(
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_damaged_shard_ends_epoch_and_evaluation_by_name(num_workers: int, root: Path, tmp_path: Path) -> None:
-    for path in (root / "shards").iterdir():
-        content = path.read_bytes()
-        chosen = path.name in ("train-000002.tar", "val-000001.tar")
-        (tmp_path / path.name).write_bytes(content.replace(b"IHDR", b"IHDX", 1) if chosen else content)
-    data = load(tmp_path)
+    data = load(damaged(root, tmp_path, "train-000002.tar", "val-000001.tar"))
     assert isinstance(data.train, ShardImages)
     with pytest.raises(ShardError, match=rf"^{tmp_path}/train-000002.tar: not the file"):
         epoch(loader(data.train, num_workers=num_workers))
@@ -277,16 +276,87 @@ def test_a_damaged_shard_ends_epoch_and_evaluation_by_name(num_workers: int, roo
         list(evaluation)
 
 
-def test_threads_end_with_the_epoch(root: Path) -> None:
-    images = train_images(root / "shards")
-    iterator = iter(loader(images))
-    next(iterator)
-    del iterator
-    epoch(loader(images))
-    deadline = time.monotonic() + 10
+def damaged(root: Path, folder: Path, *files: str) -> Path:
+    """The shards in another folder, these files with other bytes than are listed."""
+    for path in (root / "shards").iterdir():
+        content = path.read_bytes()
+        (folder / path.name).write_bytes(content.replace(b"IHDR", b"IHDX", 1) if path.name in files else content)
+    return folder
+
+
+def wait_for_the_end_of_threads() -> None:
+    deadline = time.monotonic() + 20
     while any(thread.name.startswith("shards") for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_threads_end_with_the_epoch_even_if_somebody_keeps_its_error(root: Path, tmp_path: Path) -> None:
+    """As a notebook does; the traceback has all that was at work."""
+    images = train_images(damaged(root, tmp_path, "train-000002.tar"))
+    with pytest.raises(ShardError) as caught:
+        list(stream(images, range(NUM_TRAIN)))
+    wait_for_the_end_of_threads()
+    assert caught.tb is not None
+
+
+def test_threads_of_a_closed_stream_wait_for_no_server(
+    root: Path, server: FlakyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = train_images(f"{server.url}/shards")
+    monkeypatch.setattr(fetch, "PATIENCE", Patience(attempts=9, first_delay_s=60, max_delay_s=60))
+    server.faults["train-000001.tar"] = [503] * 9
+    files = stream(images, range(NUM_TRAIN))
+    next(files)
+    while "train-000001.tar" not in server.files():
+        time.sleep(0.01)
+    files.close()
+    wait_for_the_end_of_threads()
+
+
+def test_a_failure_does_not_keep_the_workers(root: Path, tmp_path: Path) -> None:
+    """What only the collector of garbage ends may be ended by a process that forked later, and wreck the queues."""
+    images = train_images(damaged(root, tmp_path, "train-000002.tar"))
+    gc.disable()
+    try:
+        failing = loader(images, num_workers=1)
+        reference = weakref.ref(failing)
+        try:
+            list(failing)
+        except ShardError:
+            del failing
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
+class Garbage:
+    """A circle that tells which process collects it."""
+
+    def __init__(self, file: Path) -> None:
+        self.circle, self.file, self.process = self, file, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.process:
+            self.file.touch()
+
+
+class CollectingTransform(EvalTransform):
+    def __call__(self, images: Sequence[Picture], seeds: Sequence[int]) -> np.ndarray:
+        gc.collect()
+        return super().__call__(images, seeds)
+
+
+def test_workers_leave_the_garbage_of_the_main_process_alone(root: Path, tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        Garbage(tmp_path / "collected")
+        list(
+            eval_loader(train_images(root / "shards"), CollectingTransform(PREPROCESSING), batch_size=4, num_workers=1)
+        )
+        assert not (tmp_path / "collected").exists()
+    finally:
+        gc.enable()
 
 
 @pytest.fixture

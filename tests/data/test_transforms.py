@@ -185,6 +185,18 @@ def test_normalize_gives_each_channel_its_mean_and_deviation() -> None:
     torch.testing.assert_close(normalize(images, preprocessing), expected)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (3, 300, 300, 3), (40, 60, 50, 3)])
+def test_normalize_leaves_no_image_out(shape: tuple[int, ...]) -> None:
+    """It takes one, some or all at a time."""
+    preprocessing = Preprocessing(image_size=2)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    mean, std = (255 * torch.tensor(values) for values in (preprocessing.mean, preprocessing.std))
+    expected = ((images - mean) / std).permute(0, 3, 1, 2)
+    normalized = normalize(images, preprocessing)
+    torch.testing.assert_close(normalized, expected)
+    assert normalized.is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -13,7 +13,8 @@ from sequencer2d.training.config import SMALL_IMAGE_SIZE, AugmentConfig, OptimCo
 from sequencer2d.training.recipes import config_from_yaml
 
 MEANS_NONE = {"weights", "data_root", "max_minutes", "run_dir", "clip_grad_norm", "ema_decay"}
-"""Fields of which `None` is a value: no such file, folder, limit or average."""
+MEANS_NONE |= {"split_seed", "early_stopping"}
+"""Fields of which `None` is a value: no such file, folder, limit, average or seed of its own."""
 
 
 def resolved(config: TrainConfig, image_size: int = 224) -> TrainConfig:
@@ -78,6 +79,7 @@ def test_the_learning_rate_follows_the_images_per_update() -> None:
         ("num_workers", -1),
         ("seed", -1),
         ("seed", 2**32),
+        ("split_seed", -1),
         ("augment.scale", (0.0, 1.0)),
         ("augment.scale", (0.9, 0.1)),
         ("augment.ratio", (2.0, 1.0)),

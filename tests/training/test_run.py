@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,75 +16,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from runs import last_checkpoint, make_images, rows, stop_at, tiny_run
 from sequencer2d import files
 from sequencer2d.data.check import check_folder
+from sequencer2d.data.mixing import BatchMixing
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
-from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
+from sequencer2d.training.config import AugmentConfig, TrainConfig
+from sequencer2d.training.faults import TrainingError
+from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 from sequencer2d.training.muon import Muon
 from sequencer2d.training.run import train
-from sequencer2d.training.task import SequencerTask, TrainingError
 from sequencer2d.weights import ModelFileError, load_model
-
-COLOURS = {"blue": (40, 40, 200), "green": (40, 200, 40), "red": (200, 40, 40)}
-
-
-def make_images(root: Path, colours: dict[str, tuple[int, int, int]] = COLOURS, count: int = 12) -> Path:
-    """Noisy one-coloured squares of 16 pixels, a class folder per colour."""
-    generator = np.random.RandomState(0)
-    for name, colour in colours.items():
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            noise = generator.randint(-40, 40, (16, 16, 3))
-            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
-                root / name / f"{number:02d}.png"
-            )
-    return root
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    """Everything that has a state is on: averaged weights, mixing, accumulation, stochastic depth, dropout."""
-    return TrainConfig(
-        model="sequencer2d_conv_p_patch2_16",
-        model_args={
-            "layers": [1, 1],
-            "embed_dims": [8, 8],
-            "hidden_sizes": [2, 2],
-            "stem_widths": [8],
-            "drop_path_rate": 0.2,
-            "drop_rate": 0.1,
-        },
-        data=str(make_images(tmp_path / "colours")),
-        val_fraction=0.25,
-        epochs=4,
-        batch_size=5,
-        accumulate=2,
-        augment=AugmentConfig(mixup_alpha=0.8, cutmix_alpha=1.0, random_erasing=0.3),
-        optim=OptimConfig(learning_rate=1e-2, warmup_epochs=1, ema_decay=0.9),
-        precision="fp32",
-        run_dir=str(tmp_path / "run"),
-        log_every=1,
-    )
-
-
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The metrics of a run but for those that a clock makes."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in ("elapsed_s", "images_per_s")} for line in lines]
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    """Sends this process a Ctrl-C during a batch, counted from 0."""
-    original = SequencerTask.training_step
-    counter = itertools.count()
-
-    def training_step(self: SequencerTask, *arguments: Any) -> Any:
-        if next(counter) == batch:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *arguments)
-
-    monkeypatch.setattr(SequencerTask, "training_step", training_step)
+    return tiny_run(tmp_path)
 
 
 def test_a_run_leaves_all_that_was_promised(config: TrainConfig) -> None:
@@ -95,7 +42,7 @@ def test_a_run_leaves_all_that_was_promised(config: TrainConfig) -> None:
     names = {path.name for path in result.run_dir.iterdir()}
     assert names >= {
         "config.yaml", "split.json", "environment.json", "metrics.jsonl", "checkpoints", "model.safetensors",
-        "report.html", "result.json", "tensorboard", "samples",
+        "last.safetensors", "report.html", "result.json", "tensorboard", "samples",
     }  # fmt: skip
     assert list((result.run_dir / "tensorboard").glob("events.out.tfevents.*"))
     metrics = rows(result.run_dir)
@@ -175,10 +122,81 @@ def test_a_stopped_run_continues_as_if_it_had_not_stopped(
     weights, expected = (load_file(run.run_dir / "model.safetensors") for run in (continued, whole))
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     last, expected_last = (
-        torch.load(run.run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for run in (continued, whole)
+        torch.load(last_checkpoint(run.run_dir), weights_only=True)["state_dict"] for run in (continued, whole)
     )
     assert all(torch.equal(last[name], expected_last[name]) for name in expected_last)
+
+
+@pytest.mark.parametrize(
+    ("batch", "optimizer"), [(2, "adamw"), (7, "adamw"), (13, "adamw"), pytest.param(7, "muon", marks=pytest.mark.slow)]
+)
+def test_so_does_one_with_all_that_fine_tuning_has(
+    batch: int,
+    optimizer: Literal["adamw", "muon"],
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    donor = str(train(replace(config, epochs=1, run_dir=str(tmp_path / "donor"))).run_dir)
+    tuned = replace(
+        config,
+        weights=donor,
+        optim=replace(config.optim, optimizer=optimizer),
+        augment=replace(config.augment, mixing_off_epochs=2),
+        finetune=FinetuneConfig(freeze="stem", layer_decay=0.5),
+        distill=DistillConfig(teacher=donor),
+        progressive=ProgressiveConfig(start_size=8, epochs=3),
+        early_stopping=4,
+        split_seed=3,
+        loggers=("csv",),
+    )
+    test_a_stopped_run_continues_as_if_it_had_not_stopped(batch, optimizer, tuned, tmp_path, monkeypatch)
+    tables = [(tmp_path / name / "csv" / "metrics.csv").read_text().splitlines() for name in ("run", "whole")]
+    assert len(tables[0]) == len(tables[1]) == len(rows(tmp_path / "run")) + 1
+
+
+def test_the_last_weights_are_a_model_file_too(config: TrainConfig) -> None:
+    result = train(config)
+    best, last = (load_model(result.run_dir / f"{name}.safetensors")[1] for name in ("model", "last"))
+    assert (best.training["which"], last.training["which"]) == ("best", "last")
+    validations = [row for row in rows(result.run_dir) if "valid_acc" in row]
+    assert last.training["val_top1"] == validations[-1]["valid_acc"]
+    assert (last.training["epochs"], last.training["updates"]) == (4, result.updates)
+    top1 = evaluate(result.run_dir / "last.safetensors", split="val").top1
+    assert top1 == pytest.approx(validations[-1]["valid_acc"])
+    checkpoint = torch.load(last_checkpoint(result.run_dir), weights_only=True)["state_dict"]
+    for name, tensor in load_file(result.run_dir / "last.safetensors").items():
+        assert torch.equal(tensor, checkpoint[f"ema.module.{name}"])
+
+
+@pytest.mark.parametrize("budget", [None, 1000.0])
+def test_the_last_epochs_are_not_mixed(
+    budget: float | None, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixed: list[bool] = []
+    original = BatchMixing.__call__
+
+    def observed(self: BatchMixing, *arguments: Any, **options: Any) -> Any:
+        images, targets = original(self, *arguments, **options)
+        mixed.append(len(targets.unique()) > 2)  # smoothed labels have two values
+        return images, targets
+
+    monkeypatch.setattr(BatchMixing, "__call__", observed)
+    augment = replace(config.augment, mixing_off_epochs=1)
+    train(replace(config, augment=augment, max_minutes=budget))
+    assert len(mixed) == 4 * 5
+    assert any(mixed[:15])
+    assert not any(mixed[15:])
+
+
+def test_a_split_of_its_own_seed(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, epochs=1)
+    splits = [
+        (train(replace(config, run_dir=str(tmp_path / name), **change)).run_dir / "split.json").read_text()
+        for name, change in {"a": {"seed": 0}, "b": {"seed": 1, "split_seed": 0}, "c": {"seed": 1}}.items()
+    ]
+    assert splits[0] == splits[1] != splits[2]
+    assert evaluate(tmp_path / "b").split == "val"
 
 
 def test_resume_takes_a_folder_or_a_checkpoint_and_the_run_s_own_config(
@@ -190,7 +208,7 @@ def test_resume_takes_a_folder_or_a_checkpoint_and_the_run_s_own_config(
     with monkeypatch.context() as patch:
         stop_at(patch, 1)
         assert not train(TrainConfig(resume=str(run_dir))).finished
-    assert train(TrainConfig(resume=str(run_dir / "checkpoints" / "last.ckpt"))).finished
+    assert train(TrainConfig(resume=str(last_checkpoint(run_dir)))).finished
 
 
 def test_names_are_found_and_stopped_runs_are_found_again(
@@ -354,7 +372,7 @@ def test_fine_tuning_begins_a_new_head_for_other_classes(config: TrainConfig, tm
 
 def test_a_loss_that_is_no_number_stops_with_advice(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sequencer2D, "forward_head", lambda self, x, pre_logits=False: self.head(x) * float("nan"))
-    with pytest.raises(TrainingError, match=r"loss became nan at update 0; lower --optim\.learning-rate"):
+    with pytest.raises(TrainingError, match=r"out of range at update 0: loss nan.*lower --optim\.learning-rate"):
         train(config)
 
 
@@ -415,18 +433,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_model_whole(
     counter = itertools.count()
 
     def fsync(handle: int) -> None:
-        if next(counter) > 5:  # config, split and environment, then model and checkpoint of an epoch or more
+        if next(counter) > 6:  # config, split and environment, then model and checkpoint of an epoch or more
             raise OSError(errno.ENOSPC, "No space left on device")
         original(handle)
 
     monkeypatch.setattr(files.os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"No space left .*(model\.safetensors|last\.ckpt)"):
+    with pytest.raises(
+        TrainingError, match=r"disk is full .*No space left .*(model\.safetensors|step-.*ckpt).*--resume"
+    ):
         train(config)
     monkeypatch.undo()
     run_dir = Path(config.run_dir or "")
     load_model(run_dir)
-    torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    assert not [path for path in run_dir.rglob(".*") if path.is_file()]
+    torch.load(last_checkpoint(run_dir), weights_only=True)
+    assert [path.name for path in run_dir.rglob(".*") if path.is_file()] == [".lock"]
     assert train(config).finished
 
 

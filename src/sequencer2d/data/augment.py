@@ -31,6 +31,8 @@ class AugmentConfig:
     """Beta parameter of CutMix; 0 for none. With both, each batch takes one of them."""
     mix_prob: float = 1.0
     """Share of the batches that mixup or CutMix touches."""
+    mixing_off_epochs: int = 0
+    """Epochs at the end without mixup and CutMix."""
     label_smoothing: float = 0.1
     """Probability mass that targets give to all classes alike. Applied once, to the (mixed) targets."""
     interpolation: Literal["random", "bicubic", "bilinear"] = "random"
@@ -45,6 +47,8 @@ class AugmentConfig:
             check_range(f"augment.{name}", getattr(self, name), 0, 1)
         for name in ("mixup_alpha", "cutmix_alpha"):
             check_range(f"augment.{name}", getattr(self, name), 0, math.inf)
+        if self.mixing_off_epochs < 0:
+            raise ValueError(f"augment.mixing_off_epochs={self.mixing_off_epochs} must be at least 0")
         if self.auto_augment is not None and not re.fullmatch(_POLICY, self.auto_augment):
             raise ValueError(f"augment.auto_augment={self.auto_augment!r} must be none or like rand-m9-mstd0.5-inc1")
         if not 0 <= self.label_smoothing < 1:

@@ -1,42 +1,34 @@
 """Downloading one file: it goes on where it was interrupted, and takes its name once its checksum is right."""
 
 import hashlib
-import http.client
-import logging
 import os
 import shutil
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from email.message import Message
 from errno import ENOSPC
 from pathlib import Path
 
 from filelock import FileLock
 
+from sequencer2d.data.web import (
+    Attempts,
+    Patience,
+    Refused,
+    Trouble,
+    Unreachable,
+    ask,
+    content_length,
+    content_range,
+    pieces,
+)
 from sequencer2d.files import write_atomic
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes that are done, and the bytes that there are (0: unknown)."""
 
 CHUNK = 1 << 18
-PASSING_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-LONGEST_WAIT_S = 60.0
-
-logger = logging.getLogger(__name__)
-
-
-class _DownloadError(Exception):
-    """Trouble that another attempt would meet again."""
-
-    def __init__(self, reason: object, wait_s: float = 0.0) -> None:
-        super().__init__(str(reason) or type(reason).__name__)
-        self.wait_s = wait_s
-
-
-class _PassingError(_DownloadError):
-    """Trouble that may be over at the next attempt, after the `wait_s` that the server asks for."""
+PATIENCE = Patience(timeout_s=60, first_delay_s=1, max_delay_s=60)
 
 
 def download(
@@ -46,9 +38,7 @@ def download(
     checksum: str,
     next_step: str,
     progress: Progress | None = None,
-    timeout_s: float = 60.0,
-    attempts: int = 6,
-    backoff_s: float = 1.0,
+    patience: Patience = PATIENCE,
 ) -> None:
     """Fetches a file, unless it is there already with the right checksum.
 
@@ -62,9 +52,7 @@ def download(
         checksum: `md5:` or `sha256:` and the hexadecimal digest.
         next_step: What to do where the download fails; it ends the message.
         progress: Called after every piece.
-        timeout_s: How long the server may be silent.
-        attempts: How often in a row no byte more may come. A server that cannot be reached at all has one.
-        backoff_s: Pause before the second attempt; it doubles with each.
+        patience: With the server. One that cannot be reached at all has a single attempt.
 
     Raises:
         ConnectionError: The file could not be fetched, or is not the one that the checksum is of.
@@ -76,11 +64,11 @@ def download(
             return
         part = path.with_name(f"{path.name}.part")
         try:
-            _fetch_patiently(url, part, progress, timeout_s, attempts, backoff_s)
+            _fetch_patiently(url, part, progress, patience)
             if not has_checksum(part, checksum):
                 _discard(part)
-                raise _DownloadError("what came is not the whole official file")
-        except _DownloadError as error:
+                raise Trouble("what came is not the whole official file")
+        except (Trouble, Refused) as error:
             raise ConnectionError(f"{path.name}: cannot be downloaded from {url} ({error}). {next_step}") from error
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -98,102 +86,59 @@ def has_checksum(path: Path, checksum: str) -> bool:
     return computed.hexdigest() == digest
 
 
-def _fetch_patiently(
-    url: str, part: Path, progress: Progress | None, timeout_s: float, attempts: int, backoff_s: float
-) -> None:
+def _fetch_patiently(url: str, part: Path, progress: Progress | None, patience: Patience) -> None:
     """Attempts until `part` is complete. An attempt counts as failed unless the file got longer than ever before."""
-    failed, longest = 0, _size(part)
+    attempts, longest = Attempts(what=part.stem, patience=patience), _size(part)
     while True:
         try:
-            return _fetch(url, part, progress, timeout_s)
-        except _PassingError as error:
+            return _fetch(url, part, progress, patience.timeout_s)
+        except Trouble as error:
             size = _size(part)
-            failed = 0 if size > longest else failed + 1
-            longest = max(longest, size)
-            if failed >= attempts:
+            if isinstance(error, Unreachable) and not size:
                 raise
-            wait_s = min(max(backoff_s * 2 ** max(failed - 1, 0), error.wait_s), LONGEST_WAIT_S)
-            logger.info("%s: %s; next attempt in %.0f s", part.stem, error, wait_s)
-        time.sleep(wait_s)
+            attempts.failed(error, progress=size > longest)
+            longest = max(longest, size)
 
 
 def _fetch(url: str, part: Path, progress: Progress | None, timeout_s: float) -> None:
     """One request for what is missing of `part`."""
     mark = _mark_of(part)
     have = _size(part) if mark.is_file() else 0
-    headers = {"User-Agent": "sequencer2d"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": mark.read_text(encoding="latin-1")}
-    response = _open(urllib.request.Request(url, headers=headers), part, timeout_s)
-    if response is None:
-        return
-    with response:
-        if response.status == 206 and _content_range(response.headers)[0] != str(have):
+    headers = {"Range": f"bytes={have}-", "If-Range": mark.read_text(encoding="latin-1")} if have else {}
+    try:
+        response = ask(url, headers, timeout_s)
+    except Refused as error:
+        if error.status != 416 or not have:
+            raise
+        if content_range(error.headers.get("Content-Range"))[1] == have:
+            return
+        _discard(part)
+        raise Trouble("the file at the server is shorter than what has come") from error
+    with closing(response):
+        if response.status == 206 and content_range(response.headers.get("Content-Range"))[0] != have:
             _discard(part)
-            raise _PassingError("the server sent another range than it was asked for")
+            raise Trouble("the server sent another range than it was asked for")
         if response.status != 206:  # all of it: the first request, no ranges here, or another version by now
             _discard(part)
             have = 0
             if version := _version(response.headers):
                 write_atomic(mark, version.encode("latin-1"))
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else 0
-        if total - have > shutil.disk_usage(part.parent).free:
+        length = content_length(response) or 0
+        if length > shutil.disk_usage(part.parent).free:
             raise OSError(ENOSPC, os.strerror(ENOSPC), str(part))
+        total = have + length if length else 0
         with open(part, "ab") as file:
-            while chunk := _read(response):
-                file.write(chunk)
-                have += len(chunk)
+            for piece in pieces(response):
+                file.write(piece)
+                have += len(piece)
                 if progress is not None:
                     progress(f"downloading {part.stem}", have, total)
-    if have < total:
-        raise _PassingError(f"the connection ended after {have:,} of {total:,} bytes")
-
-
-def _open(request: urllib.request.Request, part: Path, timeout_s: float) -> http.client.HTTPResponse | None:
-    """The answer of the server; `None` where it says that `part` is complete already.
-
-    A server that cannot be reached fails at once, unless something has come from it before.
-    """
-    try:
-        return urllib.request.urlopen(request, timeout=timeout_s)
-    except urllib.error.HTTPError as error:
-        with error:
-            if error.code == 416 and request.has_header("Range"):
-                if _content_range(error.headers)[1] == str(_size(part)):
-                    return None
-                _discard(part)
-                raise _PassingError("the file at the server is shorter than what has come") from error
-            wait = error.headers.get("Retry-After") or ""
-            if error.code in PASSING_STATUSES:
-                reason = f"{error.code} {error.reason}"
-                raise _PassingError(reason, float(wait) if wait.isdecimal() else 0.0) from error
-            raise _DownloadError(error.reason) from error
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, TimeoutError | ConnectionResetError) or _size(part):
-            raise _PassingError(error.reason) from error
-        raise _DownloadError(error.reason) from error
-    except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        raise _PassingError(error) from error
-
-
-def _read(response: http.client.HTTPResponse) -> bytes:
-    try:
-        return response.read1(CHUNK)
-    except (http.client.HTTPException, OSError) as error:
-        raise _PassingError(error) from error
 
 
 def _version(headers: Message) -> str | None:
     """What `If-Range` may compare: a strong ETag, or else the date."""
     etag = headers.get("ETag")
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
-
-
-def _content_range(headers: Message) -> tuple[str, str]:
-    """First byte and length of the whole in `Content-Range: bytes 500-999/1000`, or in `bytes */1000`."""
-    span, _, total = headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
-    return span.partition("-")[0], total
 
 
 def _mark_of(part: Path) -> Path:

@@ -4,53 +4,33 @@ What a network does is expected: a server that resets, stalls or is busy is aske
 missing, and named when given up.
 """
 
-import http.client
-import logging
 import os
-import re
 import subprocess
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import lru_cache
 from threading import Event
 from typing import Any
 
-CHUNK_BYTES = 2**16
-"""What one read may lose when the connection breaks."""
+from sequencer2d.data.web import (
+    CHUNK_BYTES,
+    Attempts,
+    Patience,
+    Refused,
+    Trouble,
+    ask,
+    content_length,
+    content_range,
+    pieces,
+    refusal,
+)
 
-log = logging.getLogger(__name__)
+PATIENCE = Patience()
 
 
 class ShardError(ValueError):
     """Shards that are damaged or not those that were described; the message names the file and the next step."""
-
-
-class _Trouble(Exception):
-    """A failure that may pass; `delay_s` is how long the server wants to be left alone."""
-
-    def __init__(self, reason: str, delay_s: float = 0) -> None:
-        super().__init__(reason)
-        self.delay_s = delay_s
-
-
-@dataclass(frozen=True, kw_only=True)
-class Patience:
-    """How long a server is waited for."""
-
-    attempts: int = 6
-    """Failures in a row, without one new byte in between, until it is given up."""
-    timeout_s: float = 30
-    """Silence that counts as a failure."""
-    first_delay_s: float = 0.5
-    """Pause after the first failure; it doubles with each further one."""
-    max_delay_s: float = 30
-
-
-PATIENCE = Patience()
 
 
 def is_url(text: str) -> bool:
@@ -94,38 +74,39 @@ def fetch(
     """
     read = _reader(url)
     stop = stop or Event()
+    attempts = Attempts(what=url, patience=PATIENCE, stop=stop)
     received = bytearray()
-    failures = 0
     while True:
         if size is None:
             received.clear()  # without a known end, a second answer may be another file than the first
         before = len(received)
-        delay_s = 0.0
         try:
             for chunk in read(url, start + before, None if size is None else size - before, total):
                 received += chunk
                 if stop.is_set():
-                    raise ConnectionError(f"{url}: no longer wanted")
-            if size is None or len(received) == size:
-                return bytes(received)
-            if len(received) > size:
-                raise ShardError(f"{url}: more bytes came than were asked for; the server is not to be trusted")
-            reason = f"the connection ended after {len(received):,} of {size:,} bytes"
-        except _Trouble as error:
-            reason, delay_s = str(error), error.delay_s
-        failures = 1 if size is not None and len(received) > before else failures + 1
-        if failures >= PATIENCE.attempts:
-            raise ConnectionError(
-                f"{url}: given up after {failures} attempts: {reason}; see to the server, then continue with --resume"
-            )
-        delay_s = min(max(delay_s, PATIENCE.first_delay_s * 2 ** (failures - 1)), PATIENCE.max_delay_s)
-        log.warning("%s: %s; asking again in %.1f s", url, reason, delay_s)
-        if stop.wait(delay_s):
+                    break
+            else:
+                if size is None or len(received) == size:
+                    return bytes(received)
+                if len(received) > size:
+                    raise ShardError(f"{url}: more bytes came than were asked for; the server is not to be trusted")
+                raise Trouble(f"the connection ended after {len(received):,} of {size:,} bytes")
+        except Refused as error:
+            raise _refused(url, error) from error
+        except Trouble as error:
+            try:
+                attempts.failed(error, progress=size is not None and len(received) > before)
+            except Trouble:
+                raise ConnectionError(
+                    f"{url}: given up after {attempts.failures} attempts: {error}; see to the server, then continue "
+                    "with --resume"
+                ) from error
+        if stop.is_set():
             raise ConnectionError(f"{url}: no longer wanted")
 
 
 Reader = Callable[[str, int, int | None, int | None], Iterator[bytes]]
-"""URL, first byte, number of bytes, size of the whole; yields the bytes in pieces, or raises `_Trouble`."""
+"""URL, first byte, number of bytes, size of the whole; yields the bytes in pieces, or raises `Trouble`."""
 
 
 def _reader(url: str) -> Reader:
@@ -148,44 +129,30 @@ def _read_command(url: str, start: int, size: int | None, total: int | None) -> 
     done = subprocess.run(url.removeprefix("pipe:"), shell=True, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise _Trouble(f"the command ended with status {done.returncode}" + "".join(f": {line}" for line in said))
+        raise Trouble(f"the command ended with status {done.returncode}" + "".join(f": {line}" for line in said))
     _check_total(url, len(done.stdout), total)
     yield done.stdout[start:] if size is None else done.stdout[start : start + size]
 
 
 def _read_http(url: str, start: int, size: int | None, total: int | None) -> Iterator[bytes]:
-    headers = {"Accept-Encoding": "identity"}
-    if start or size is not None:
-        headers["Range"] = _range(start, size)
-    try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=PATIENCE.timeout_s
-        ) as response:
-            expected = _number(response.headers.get("Content-Length"))
-            if response.status == 206:
-                _check_range(url, response.headers.get("Content-Range", ""), start, total)
-                skip = 0
-            else:  # a server that does not know ranges sends everything
-                _check_total(url, expected, total)
-                skip = start
-            came = 0
-            while chunk := response.read1(CHUNK_BYTES):
-                came += len(chunk)
-                wanted = chunk[max(0, skip - (came - len(chunk))) :]
-                if size is not None:
-                    wanted, size = wanted[:size], size - len(wanted[:size])
-                if wanted:
-                    yield wanted
-                if size == 0:
-                    return
-            if expected is not None and came < expected:
-                raise _Trouble(f"the connection ended after {came:,} of {expected:,} bytes")
-    except urllib.error.HTTPError as error:
-        with error:
-            raise _refusal(url, error.code, error.reason, error.headers.get("Retry-After")) from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise _Trouble(str(reason) or type(reason).__name__) from error
+    headers = {"Range": _range(start, size)} if start or size is not None else {}
+    with closing(ask(url, headers, PATIENCE.timeout_s)) as response:
+        if response.status == 206:
+            _check_range(url, response.headers.get("Content-Range", ""), start, total)
+            skip = 0
+        else:  # a server that does not know ranges sends everything
+            _check_total(url, content_length(response), total)
+            skip = start
+        came = 0
+        for chunk in pieces(response):
+            came += len(chunk)
+            wanted = chunk[max(0, skip - (came - len(chunk))) :]
+            if size is not None:
+                wanted, size = wanted[:size], size - len(wanted[:size])
+            if wanted:
+                yield wanted
+            if size == 0:
+                return
 
 
 def _read_s3(url: str, start: int, size: int | None, total: int | None) -> Iterator[bytes]:
@@ -203,11 +170,11 @@ def _read_s3(url: str, start: int, size: int | None, total: int | None) -> Itera
     except ClientError as error:
         details = error.response.get("Error", {})
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        raise _refusal(url, status, details.get("Message") or details.get("Code") or "", None) from error
+        raise refusal(status, details.get("Message") or details.get("Code") or "") from error
     except NoCredentialsError as error:
         raise PermissionError(f"{url}: no credentials; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and the secret") from error
     except BotoCoreError as error:
-        raise _Trouble(str(error)) from error
+        raise Trouble(str(error)) from error
 
 
 @lru_cache(maxsize=1)
@@ -225,32 +192,26 @@ def _range(start: int, size: int | None) -> str:
     return f"bytes={start}-{'' if size is None else start + size - 1}"
 
 
-def _number(header: str | None) -> int | None:
-    return int(header) if header and header.isdecimal() else None
-
-
-def _check_range(url: str, content_range: str, start: int, total: int | None) -> None:
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
-    if match is None or int(match[1]) != start:
-        raise _Trouble(f"asked for bytes from {start:,} on, the server answered {content_range!r}")
-    _check_total(url, None if match[2] == "*" else int(match[2]), total)
+def _check_range(url: str, header: str, start: int, total: int | None) -> None:
+    first, whole = content_range(header)
+    if first != start:
+        raise Trouble(f"asked for bytes from {start:,} on, the server answered {header!r}")
+    _check_total(url, whole, total)
 
 
 def _check_total(url: str, found: int | None, total: int | None) -> None:
     if found is not None and total is not None and found != total:
         raise ShardError(
-            f"{url}: {found:,} bytes, where shards.json says {total:,}; copy it again, or write the shards again"
+            f"{url}: {found:,} bytes, where its list says {total:,}; copy it again, or write the shards again"
         )
 
 
-def _refusal(url: str, status: int, reason: str, retry_after: str | None) -> Exception:
-    """What a status of HTTP means: worth another attempt, or final."""
-    if status in (408, 425, 429) or status >= 500:
-        return _Trouble(f"the server answered {status} {reason}".rstrip(), delay_s=_number(retry_after) or 0)
-    if status == 404:
-        return FileNotFoundError(f"{url}: not found; it should lie beside shards.json")
-    if status in (401, 403):
-        return PermissionError(f"{url}: the server answered {status} {reason}; it wants credentials")
-    if status == 416:
-        return ShardError(f"{url}: shorter than shards.json says; copy it again, or write the shards again")
-    return ConnectionError(f"{url}: the server answered {status} {reason}")
+def _refused(url: str, error: Refused) -> Exception:
+    """What a final answer means for whoever wants the file."""
+    if error.status == 404:
+        return FileNotFoundError(f"{url}: not found; see to the address")
+    if error.status in (401, 403):
+        return PermissionError(f"{url}: the server answered {error.status} {error}; it wants credentials")
+    if error.status == 416:
+        return ShardError(f"{url}: shorter than its list says; copy it again, or write the shards again")
+    return ConnectionError(f"{url}: the server answered {error.status} {error}")

@@ -4,10 +4,11 @@ Order and augmentation are functions of (seed, epoch, position) alone, whatever 
 can be repeated, and continued inside an epoch.
 """
 
-import random
+import gc
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
-from sequencer2d.data.images import ImageError, Reduction
+from sequencer2d.data.images import ImageError, Picture, Reduction
 from sequencer2d.data.sets import ImageSet
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.streaming import shuffled, stream
@@ -44,12 +45,18 @@ class Batch(NamedTuple):
 
 
 class ShuffledBatches(Sampler[list[Key]]):
-    """A new permutation every epoch, cut into batches; the incomplete last one is dropped unless it is the only one."""
+    """A new permutation every epoch, cut into batches; the incomplete last one is dropped unless it is the only one.
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    Of every batch each rank has a share: a run from its front and one from its end, so that images which mixing pairs
+    (the first with the last, and so on) are on the same rank, and the batch is the same however many ranks there are.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.num_images = num_images
         self.batch_size = min(batch_size, num_images)
         self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
         self.epoch = 0
         self.first_batch = 0
 
@@ -71,7 +78,20 @@ class ShuffledBatches(Sampler[list[Key]]):
         first, self.first_batch = self.first_batch, 0
         for batch in range(first, len(self)):
             chosen = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield list(zip(order[chosen], seeds[chosen], strict=True))
+            yield self.share(list(zip(order[chosen], seeds[chosen], strict=True)))
+
+    def share(self, batch: list[Key]) -> list[Key]:
+        """This rank's images of a batch. Mixing leaves the last image of an odd batch out; the last rank has it."""
+        even = len(batch) - len(batch) % 2
+        start, stop = _runs(even // 2, self.world_size)[self.rank]
+        odd = batch[even:] if self.rank == self.world_size - 1 else []
+        return batch[start:stop] + batch[even - stop : even - start] + odd
+
+
+def _runs(count: int, parts: int) -> list[tuple[int, int]]:
+    """Start and end of equal runs of 0 … `count`."""
+    cuts = [-(-count * part // parts) for part in range(parts + 1)]
+    return list(pairwise(cuts))
 
 
 class Streamed:
@@ -99,10 +119,8 @@ class StreamedBatches(ShuffledBatches, Streamed):
     def __init__(self, images: ShardImages, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
         if len(images) < world_size:
             raise ValueError(f"{len(images)} images in shards are too few for {world_size} processes")
-        super().__init__(len(images) // world_size, batch_size, seed)
+        super().__init__(len(images) // world_size, batch_size, seed, rank=rank, world_size=world_size)
         self.images = images
-        self.rank = rank
-        self.world_size = world_size
 
     def __iter__(self) -> Iterator[list[StreamedKey]]:  # type: ignore[override]
         order = shuffled(
@@ -139,13 +157,18 @@ class ImageLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         yield from super().__iter__()
         if isinstance(self.batch_sampler, Streamed) and self.batch_sampler.failure:
-            raise self.batch_sampler.failure
+            failure, self.batch_sampler.failure = self.batch_sampler.failure, None
+            try:
+                raise failure
+            finally:
+                del failure  # its traceback has this frame: a circle, which would keep the workers alive
 
 
 class TrainLoader(ImageLoader):
     """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint.
 
-    Of images in shards, each of `world_size` processes sees a part of its own, of the same size.
+    `batch_size` counts the images of all `world_size` processes together. Each has its share of every batch; of images
+    in shards, each sees a part of its own, of the same size.
     """
 
     def __init__(
@@ -160,17 +183,18 @@ class TrainLoader(ImageLoader):
         world_size: int = 1,
     ) -> None:
         if isinstance(images, ShardImages):
-            self.batches = StreamedBatches(images, batch_size, seed, rank=rank, world_size=world_size)
+            self.batches = StreamedBatches(
+                images, max(1, batch_size // world_size), seed, rank=rank, world_size=world_size
+            )
         else:
-            assert world_size == 1, "only shards are divided among processes"
-            self.batches = ShuffledBatches(len(images), batch_size, seed)
+            self.batches = ShuffledBatches(len(images), batch_size, seed, rank=rank, world_size=world_size)
         self.position = 0
         super().__init__(
             TransformedImages(images, transform),
             batch_sampler=self.batches,
             collate_fn=as_it_is,
             num_workers=num_workers,
-            worker_init_fn=leave_ctrl_c_to_main,
+            worker_init_fn=begin_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -188,8 +212,19 @@ class TrainLoader(ImageLoader):
         self.batches.first_batch = self.position = state["batch"]
 
 
-def eval_loader(images: ImageSet, transform: BatchTransform, *, batch_size: int, num_workers: int = 0) -> ImageLoader:
-    """All images once, in order, as `Batch`es."""
+def eval_loader(
+    images: ImageSet,
+    transform: BatchTransform,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> ImageLoader:
+    """All images once, in order, as `Batch`es; of `world_size` processes each has a run of them."""
+    start, stop = _runs(len(images), world_size)[rank]
+    if world_size > 1:
+        images = images.subset(range(start, stop))
     keys: Any = [
         [(index, 0) for index in range(start, min(start + batch_size, len(images)))]
         for start in range(0, len(images), batch_size)
@@ -201,7 +236,7 @@ def eval_loader(images: ImageSet, transform: BatchTransform, *, batch_size: int,
         batch_sampler=keys,
         collate_fn=as_it_is,
         num_workers=num_workers,
-        worker_init_fn=leave_ctrl_c_to_main,
+        worker_init_fn=begin_worker,
     )
 
 
@@ -230,10 +265,10 @@ class TransformedImages(Dataset[Batch]):
         images = torch.from_numpy(self.transform(decoded, seeds))
         return Batch(images, torch.from_numpy(self.images.labels[list(indices)]), torch.tensor(indices), skipped)
 
-    def _decode(self, index: int, seed: int, content: bytes | None = None) -> Image.Image:
+    def _decode(self, index: int, seed: int, content: bytes | None = None) -> Picture:
         reduction = self.transform.reduction(seed)
         if content is None:
-            return self.images.image(index, reduction)
+            return self.images.picture(index, reduction)
         assert isinstance(self.images, ShardImages)
         return self.images.decode(index, content, reduction)
 
@@ -259,23 +294,25 @@ class CachedImages(ImageSet):
         return CachedImages(self.images.subset(indices), self.free_bytes)
 
     def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
+        return self.picture(index).copy()
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         if index in self.decoded:
-            return self.decoded[index].copy()
+            return self.decoded[index]
         image = self.images.image(index)
         num_bytes = 4 * image.width * image.height
         if max(image.size) <= SMALL_IMAGE_SIZE and num_bytes <= self.free_bytes:
             self.free_bytes -= num_bytes
-            self.decoded[index] = image.copy()
+            self.decoded[index] = image
         return image
 
 
-def leave_ctrl_c_to_main(worker: int) -> None:
-    """A terminal sends Ctrl-C to the workers too, which must live until the main process has finished its update."""
+def begin_worker(worker: int) -> None:
+    """Leaves to the main process what is its own: Ctrl-C, and the end of what it had when it forked.
+
+    A terminal sends Ctrl-C to the workers too, which must live until the main process has finished its update. And were
+    a worker to collect the main process's garbage, a loader's old iterator in it would close the files, and release the
+    locks, of workers that are not its own: "Bad file descriptor", or a loader that waits for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def seed_generators(seed: int) -> None:
-    """Seeds the three global generators that augmentation draws from, and no device's."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
+    gc.freeze()

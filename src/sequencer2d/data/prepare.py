@@ -1,20 +1,11 @@
-"""Making a data set ready for training: fetched, verified and laid out, or not there at all.
-
-Everything happens in a scratch folder, `.prepare-<name>` in the root, which is renamed to its place at the very end.
-What a killed run leaves of it is removed by the next. A lock keeps two runs apart; the system releases it with the
-process, however that ends.
-"""
+"""Making a data set ready for training: fetched, verified and laid out, or not there at all (see `scratch`)."""
 
 import difflib
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from sequencer2d.data.classes import CLASSES_FILE, write_class_names
 from sequencer2d.data.download import Progress
@@ -27,6 +18,7 @@ from sequencer2d.data.layouts import (
     lay_out_imagenet,
     lay_out_tiny_imagenet,
 )
+from sequencer2d.data.scratch import made_whole
 
 LAYOUTS: dict[str, Callable[[Job], Layout]] = {
     "cifar10": lay_out_cifar,
@@ -94,33 +86,22 @@ def prepare(
     if given is not None:
         _check_source(given, target, is_tree=name not in LAYOUTS)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".prepare-{name}.lock", blocking=False):
-            scratch = root / f".prepare-{name}"
-            if scratch.exists():
-                shutil.rmtree(scratch)
-            if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        with made_whole(target) as scratch:
+            if scratch is None:
                 return _ready(target)
-            scratch.mkdir()
-            try:
-                job = Job(
-                    name=name,
-                    root=root,
-                    source=given,
-                    scratch=scratch,
-                    tree=scratch / name,
-                    val_fraction=val_fraction,
-                    seed=seed,
-                    progress=progress,
-                )
-                layout = LAYOUTS.get(name, lay_out_folder)(job)
-                write_class_names(job.tree, layout.class_names)
-                _verify(job.tree, layout)
-                _publish(job.tree, target)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-    except Timeout as error:
-        raise BlockingIOError(f"{target}: another process is preparing it; wait for that, and run again") from error
+            job = Job(
+                name=name,
+                root=root,
+                source=given,
+                scratch=scratch,
+                tree=scratch / name,
+                val_fraction=val_fraction,
+                seed=seed,
+                progress=progress,
+            )
+            layout = LAYOUTS.get(name, lay_out_folder)(job)
+            write_class_names(job.tree, layout.class_names)
+            _verify(job.tree, layout)
     except OSError as error:
         if error.errno not in (ENOSPC, EDQUOT):
             raise
@@ -176,10 +157,3 @@ def _verify(tree: Path, layout: Layout) -> None:
     found = {split: scan_classes(tree, tree / split) for split in layout.num_images}
     assert list(found["train"]) == list(layout.class_names), "class folders"
     assert {split: sum(map(len, files.values())) for split, files in found.items()} == layout.num_images
-
-
-def _publish(tree: Path, target: Path) -> None:
-    """Gives the tree its place, once all of it is on the disk: a power failure cannot leave empty files there."""
-    if hasattr(os, "sync"):
-        os.sync()
-    os.rename(tree, target)

@@ -1,8 +1,9 @@
 """RandAugment (Cubuk et al. 2020) as timm does it, for a batch of images at once, with random numbers that are given.
 
 Which operations, how often and how strong is timm's (timm/data/auto_augment.py), which parses the policy. What the
-operations do is Pillow's (`ImageOps`, `ImageEnhance`), to the bit. Those that map levels to levels become one table per
-image, those that blend an image with a plainer one become one blend; shears, shifts and rotations are Pillow's.
+operations do is Pillow's (`ImageOps`, `ImageEnhance`), to the bit. Those that map levels to levels become tables, those
+that blend small images with plainer ones become one blend. Shears and shifts of images that are not tiny are Pillow's
+to one grey level (`shear.py`); rotations are Pillow's own.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
+from sequencer2d.data.shear import shear
 
 Images = UInt8[np.ndarray, "B H W 3"]
+Pixels = UInt8[np.ndarray, "H W 3"]
 
 _MAX_LEVEL = 10.0
 _RANDOMS_PER_LAYER = 6
@@ -77,22 +80,26 @@ class RandAugment:
     ) -> None:
         """Does one operation to each image, or none where its arguments are None."""
         chosen = np.array([argument is not None for argument in arguments])
-        if max(images.shape[1:3]) <= SMALL_IMAGE_SIZE:  # else Pillow's own loops are faster
-            tabled = np.flatnonzero(chosen & np.isin(names, list(_TABLES)))
-            if len(tabled):
-                tables = [_TABLES[names[i]](images[i], *(arguments[i] or ())) for i in tabled]
-                images[tabled] = _look_up(images[tabled], np.stack(tables))
-            for kind, plainer in _BLENDS.items():
-                blended = np.flatnonzero(chosen & np.isin(names, [kind, f"{kind}Increasing"]))
-                if len(blended):
-                    factors = np.array([arguments[i] for i in blended], dtype=np.float32)
-                    images[blended] = _blend(plainer(images[blended]), images[blended], factors)
-                chosen[blended] = False
-            chosen[tabled] = False
-        for i in np.flatnonzero(chosen):
-            options = {"resample": self._resample(interpolate[i]), "fillcolor": self.fill}
-            image = Image.frombuffer("RGB", images.shape[2:0:-1], images[i], "raw", "RGB", 0, 1)
-            images[i] = self.functions[names[i]](image, *(arguments[i] or ()), **options)
+        small = max(images.shape[1:3]) <= SMALL_IMAGE_SIZE  # else Pillow's own loops are faster
+        for kind, plainer in _BLENDS.items() if small else ():
+            blended = np.flatnonzero(chosen & np.isin(names, [kind, f"{kind}Increasing"]))
+            if len(blended):
+                factors = np.array([arguments[i] for i in blended], dtype=np.float32)
+                images[blended] = _blend(plainer(images[blended]), images[blended], factors)
+            chosen[blended] = False
+        for i in np.flatnonzero(chosen).tolist():
+            self._apply_to_one(images[i], str(names[i]), arguments[i] or (), self._resample(float(interpolate[i])))
+
+    def _apply_to_one(self, image: Pixels, name: str, arguments: tuple[Any, ...], resample: Image.Resampling) -> None:
+        if name in _TABLES:
+            _look_up(image, _TABLES[name](image, *arguments))
+        elif name in _OFFSETS and min(image.shape[:2]) > _PILLOW_SIZE:
+            axis, offsets = _OFFSETS[name](image, *arguments)
+            cubic = resample == Image.Resampling.BICUBIC
+            image[:] = shear(image, offsets, axis=axis, cubic=cubic, fill=self.fill)
+        else:
+            options = {"resample": resample, "fillcolor": self.fill}
+            image[:] = self.functions[name](_pillow(image), *arguments, **options)
 
     def _resample(self, random: float) -> Image.Resampling:
         if self.interpolation == "random":
@@ -121,65 +128,85 @@ _ARGUMENTS: dict[str, Callable[[float, float], tuple[Any, ...]]] = {
 """What timm's functions are called with at a level of 0 … 1, whose sign is drawn for those that go both ways."""
 
 
-# Operations that map levels to levels: from the image [H, W, 3] and the arguments to a table [3, 256].
+def _pillow(image: Pixels) -> Image.Image:
+    return Image.frombuffer("RGB", image.shape[1::-1], image, "raw", "RGB", 0, 1)  # a view where Pillow can
+
+
+# Operations that map levels to levels: from the image and the arguments to a table [256], or one of each channel.
 
 _RAMP = np.arange(256)
 
 
-def _autocontrast(image: np.ndarray) -> np.ndarray:
-    tables = []
-    for low, high in zip(image.min(axis=(0, 1)).astype(int), image.max(axis=(0, 1)).astype(int), strict=True):
-        scale = 255.0 / (high - low) if high > low else 1.0
-        offset = -low * scale if high > low else 0.0
-        tables.append(np.clip((_RAMP * scale + offset).astype(np.int64), 0, 255))
-    return np.stack(tables)
+def _autocontrast(image: Pixels) -> np.ndarray:
+    rows = image.reshape(len(image), -1)  # NumPy is slow where its innermost loop is short
+    low, high = (f(f(rows, axis=0).reshape(-1, 3), axis=0).astype(np.int64)[:, None] for f in (np.min, np.max))
+    wide = high > low
+    scale = np.where(wide, 255.0 / np.maximum(high - low, 1), 1.0)
+    offset = np.where(wide, -low * scale, 0.0)
+    return np.clip((_RAMP * scale + offset).astype(np.int64), 0, 255)
 
 
-def _equalize(image: np.ndarray) -> np.ndarray:
-    cells = image.reshape(-1, 3) + np.arange(0, 768, 256)
-    tables = []
-    for channel in np.bincount(cells.ravel(), minlength=768).reshape(3, 256):
-        present = channel[channel > 0]
-        step = (channel.sum() - present[-1]) // 255
-        before = np.cumsum(channel) - channel
-        tables.append(np.minimum((step // 2 + before) // step, 255) if step else _RAMP)
-    return np.stack(tables)
+def _equalize(image: Pixels) -> np.ndarray:
+    counts = np.array(_pillow(image).histogram()).reshape(3, 256)
+    brightest = 255 - np.argmax(counts[:, ::-1] > 0, axis=1)
+    step = (counts.sum(axis=1) - counts[np.arange(3), brightest])[:, None] // 255
+    before = np.cumsum(counts, axis=1) - counts
+    return np.where(step > 0, np.minimum((step // 2 + before) // np.maximum(step, 1), 255), _RAMP)
 
 
-def _same(table: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(table, (3, 256))
+def _posterize(image: Pixels, bits: int) -> np.ndarray:
+    return _RAMP & ~(2 ** (8 - min(bits, 8)) - 1)
 
 
-def _posterize(image: np.ndarray, bits: int) -> np.ndarray:
-    return _same(_RAMP & ~(2 ** (8 - min(bits, 8)) - 1))
+def _solarize(image: Pixels, threshold: int) -> np.ndarray:
+    return np.where(threshold > _RAMP, _RAMP, 255 - _RAMP)
 
 
-def _solarize(image: np.ndarray, threshold: int) -> np.ndarray:
-    return _same(np.where(threshold > _RAMP, _RAMP, 255 - _RAMP))
-
-
-def _brighten(image: np.ndarray, factor: float) -> np.ndarray:
-    return _same(np.clip(factor * _RAMP, 0, 255).astype(np.int64))
+def _brighten(image: Pixels, factor: float) -> np.ndarray:
+    return np.clip(factor * _RAMP, 0, 255).astype(np.int64)
 
 
 _TABLES: dict[str, Callable[..., np.ndarray]] = {
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
-    "Invert": lambda image: _same(255 - _RAMP),
+    "Invert": lambda image: 255 - _RAMP,
     "Posterize": _posterize,
     "PosterizeIncreasing": _posterize,
     "Solarize": _solarize,
     "SolarizeIncreasing": _solarize,
-    "SolarizeAdd": lambda image, more: _same(np.where(_RAMP < 128, np.minimum(255, _RAMP + more), _RAMP)),
+    "SolarizeAdd": lambda image, more: np.where(_RAMP < 128, np.minimum(255, _RAMP + more), _RAMP),
     "Brightness": _brighten,
     "BrightnessIncreasing": _brighten,
 }
 
 
-def _look_up(images: Images, tables: np.ndarray) -> Images:
-    starts = 256 * np.arange(3 * len(images), dtype=np.intp).reshape(-1, 1, 3)
-    cells = images.reshape(len(images), -1, 3) + starts
-    return tables.astype(np.uint8).ravel()[cells].reshape(images.shape)
+def _look_up(image: Pixels, tables: np.ndarray) -> None:
+    tables = tables.astype(np.uint8)
+    parts = [(image, tables)] if tables.ndim == 1 else [(image[..., i], table) for i, table in enumerate(tables)]
+    for part, table in parts:
+        levels = part.tobytes().translate(table.tobytes())  # several times as fast as NumPy's indexing
+        part[:] = np.frombuffer(levels, np.uint8).reshape(part.shape)
+
+
+# Operations that move each row along itself, or each column: which axis pixels move along, and how far.
+
+
+def _sheared(image: Pixels, axis: int, factor: float) -> tuple[int, np.ndarray]:
+    return axis, factor * (np.arange(image.shape[1 - axis]) + 0.5)
+
+
+def _shifted(image: Pixels, axis: int, share: float) -> tuple[int, np.ndarray]:
+    return axis, np.full(image.shape[1 - axis], share * image.shape[axis])
+
+
+_OFFSETS: dict[str, Callable[..., tuple[int, np.ndarray]]] = {
+    "ShearX": lambda image, factor: _sheared(image, 1, factor),
+    "ShearY": lambda image, factor: _sheared(image, 0, factor),
+    "TranslateXRel": lambda image, share: _shifted(image, 1, share),
+    "TranslateYRel": lambda image, share: _shifted(image, 0, share),
+}
+_PILLOW_SIZE = 48
+"""Up to this side Pillow moves pixels faster."""
 
 
 # Operations that blend an image with a plainer one, or go beyond it: Pillow's `ImageEnhance`.

@@ -1,16 +1,19 @@
 """A data set in memory: labelled images in up to three splits, whatever they were read from."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int, Int64, UInt8
 from PIL import Image
 
-from sequencer2d.data.images import Reduction, open_image
+from sequencer2d.data.images import ImageError, Picture, Reduction, open_image, open_picture
 from sequencer2d.data.splits import stratified_split
+
+Opened = TypeVar("Opened")
 
 
 class ImageSet(ABC):
@@ -29,6 +32,10 @@ class ImageSet(ABC):
         Raises:
             ImageError: The image is not usable.
         """
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Picture:
+        """The same in the form that comes fastest, which may be shared: not to be written to."""
+        return self.image(index, reduction)
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -69,7 +76,20 @@ class FileImages(ImageSet):
         self.labels = labels.astype(np.int64)
 
     def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
-        return open_image(self.root / self.files[index], reduction)
+        return self._open(open_image, index, reduction)
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Picture:
+        return self._open(open_picture, index, reduction)
+
+    def _open(
+        self, open_file: Callable[[Path, Reduction | None], Opened], index: int, reduction: Reduction | None
+    ) -> Opened:
+        try:
+            return open_file(self.root / self.files[index], reduction)
+        except ImageError:
+            if not self.root.is_dir():
+                raise FileNotFoundError(f"{self.root}, the folder of the images, is gone") from None
+            raise
 
     def name(self, index: int) -> str:
         return self.files[index]

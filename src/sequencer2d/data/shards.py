@@ -10,18 +10,19 @@ shards/
   train-000000.tar  train-000001.tar  …  val-000000.tar  test-000000.tar
   shards.json
 ```
+
+Tar files of other tools have no such list: `foreign_shards` makes it.
 """
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -30,48 +31,16 @@ from jaxtyping import Int
 from PIL import Image
 
 from sequencer2d.data.fetch import ShardError, check_url, fetch, is_url
-from sequencer2d.data.images import IMAGE_EXTENSIONS, Reduction, open_image
+from sequencer2d.data.foreign_shards import index_tars, local_tars
+from sequencer2d.data.images import IMAGE_EXTENSIONS, Picture, Reduction, open_picture
+from sequencer2d.data.scratch import made_whole
 from sequencer2d.data.sets import FileImages, ImageData, ImageSet, split_off_val
+from sequencer2d.data.shard_files import SPLITS, Shard, samples
 from sequencer2d.files import write_atomic
 
 FORMAT = "sequencer2d-shards/1"
 INDEX = "shards.json"
-SPLITS = ("train", "val", "test")
-_FILE = re.compile(r"\w[\w.-]*\.tar", re.ASCII)  # nothing that a shell or a folder could take for something else
 _BRACES = re.compile(r"([\w.-]*)\{(\d+)\.\.(\d+)\}([\w.-]*)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A tar file and the images in it; the lists have an entry per image, in the order of the file."""
-
-    file: str
-    """Name, without a folder."""
-    split: str
-    """train, val or test."""
-    first_key: int
-    """Key of the first sample; the others count on from it."""
-    num_images: int
-    size: int
-    """Bytes of the tar file."""
-    sha256: str
-    labels: list[int]
-    offsets: list[int]
-    """First byte of each image in the tar file."""
-    sizes: list[int]
-    """Bytes of each image."""
-
-    def __post_init__(self) -> None:
-        if not _FILE.fullmatch(self.file):
-            raise ValueError(f"file={self.file!r} must be the plain name of a tar file")
-        if self.split not in SPLITS:
-            raise ValueError(f"split={self.split!r} of {self.file} must be one of {', '.join(SPLITS)}")
-        if {self.num_images} != {len(self.labels), len(self.offsets), len(self.sizes)}:
-            raise ValueError(f"{self.file}: labels, offsets and sizes must be {self.num_images} each")
-        ranges = zip(self.offsets, self.sizes, strict=True)
-        if any(start < 0 or size < 0 or start + size > self.size for start, size in ranges):
-            raise ValueError(f"{self.file}: images must lie within its {self.size} bytes")
-
 
 # Writing
 
@@ -86,8 +55,7 @@ def write_shards(
     """Writes all splits of a data set as shards. Image files keep their bytes; other images become PNG.
 
     The training images are shuffled once, so that neighbours in a shard are not of one class; the others keep their
-    order. The folder appears whole, or not at all: until then the work lies in a hidden folder beside it, which the
-    next attempt clears away.
+    order. The folder appears whole, or not at all (see `scratch`); called again this finishes it, or does nothing.
 
     Args:
         data: What to write; its sources stay as they are.
@@ -100,22 +68,22 @@ def write_shards(
         What `shards.json` lists.
 
     Raises:
-        ValueError: `images_per_shard` is below 1, or the folder is not empty.
+        ValueError: `images_per_shard` is below 1, or the folder holds other shards.
+        FileExistsError: It holds something else.
+        BlockingIOError: Another process is writing it.
         OSError: An image cannot be read, or a shard not be written; nothing of it is left.
     """
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard={images_per_shard} must be at least 1")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root}: exists and is not an empty folder; remove it, or give another one")
     splits = {"train": data.train, "val": data.val, "test": data.test}
     images_of = {split: images for split, images in splits.items() if images}
-    total = sum(map(len, images_of.values()))
-    scratch = root.resolve().parent / f".{root.resolve().name}.partial"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with made_whole(root.resolve()) as scratch:
+        if scratch is None:
+            return _written_before(root, data.class_names, {split: len(images) for split, images in images_of.items()})
+        folder = scratch / root.resolve().name
+        folder.mkdir()
         shards: list[Shard] = []
-        done = 0
+        done, total = 0, sum(map(len, images_of.values()))
         for split, images in images_of.items():
             order = np.random.RandomState(0).permutation(len(images)) if split == "train" else np.arange(len(images))
             for number, start in enumerate(range(0, len(images), images_per_shard)):
@@ -123,16 +91,29 @@ def write_shards(
                 content = _tar(images, chosen, start)
                 file = f"{split}-{number:06d}.tar"
                 shards.append(_describe(content, file, split, start, len(data.class_names)))
-                write_atomic(scratch / file, content)
+                write_atomic(folder / file, content)
                 done += len(chosen)
                 if progress:
                     progress(done, total)
-        index = {"format": FORMAT, "class_names": data.class_names, "shards": [asdict(shard) for shard in shards]}
-        write_atomic(scratch / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False))
-        os.rename(scratch, root.resolve())
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        index = {"format": FORMAT, "class_names": data.class_names, "shards": [_listed(shard) for shard in shards]}
+        write_atomic(folder / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False))
+    return shards
+
+
+def _listed(shard: Shard) -> dict[str, Any]:
+    return {name: value for name, value in asdict(shard).items() if name != "keys"}
+
+
+def _written_before(root: Path, class_names: tuple[str, ...], num_images: dict[str, int]) -> list[Shard]:
+    """What an earlier call has written, if these are the classes and as many images."""
+    if not (root / INDEX).is_file():
+        raise FileExistsError(f"{root}: exists and is not an empty folder; remove it, or give another one")
+    names, shards = _read_index(str(root / INDEX))
+    counts = Counter[str]()
+    for shard in shards:
+        counts[shard.split] += shard.num_images
+    if (names, dict(counts)) != (class_names, num_images):
+        raise ValueError(f"{root}: holds the shards of another data set or split; remove it, or give another folder")
     return shards
 
 
@@ -181,9 +162,9 @@ def _encoded(images: ImageSet, index: int) -> tuple[bytes, str]:
 def _find_images(content: bytes, file: str, first_key: int, num_classes: int) -> tuple[list[int], list[int], list[int]]:
     """Labels, offsets and sizes of the images in a tar file. Raises ShardError, naming what is not as we write it."""
     labels, offsets, sizes = [], [], []
-    for key, members in enumerate(_samples(content, file), start=first_key):
+    for key, (found, members) in enumerate(samples(BytesIO(content), file), start=first_key):
         name = f"{file}/{key:09d}"
-        if members.pop("", None) != name:
+        if found != f"{key:09d}":
             raise ShardError(f"{name}: missing, or in another place; write the shards again")
         images = [member for ending, member in members.items() if ending in IMAGE_EXTENSIONS]
         if len(images) != 1:
@@ -198,29 +179,6 @@ def _find_images(content: bytes, file: str, first_key: int, num_classes: int) ->
         offsets.append(images[0].offset_data)
         sizes.append(images[0].size)
     return labels, offsets, sizes
-
-
-def _samples(content: bytes, file: str) -> Iterator[dict[str, Any]]:
-    """Members of each sample by their endings; under "" is its name."""
-    sample: dict[str, Any] = {}
-    position = 0
-    try:
-        with tarfile.open(fileobj=BytesIO(content), mode="r:") as tar:
-            for member in tar:
-                path = PurePosixPath(member.name)
-                key, _, ending = path.name.partition(".")
-                name = f"{file}/{path.with_name(key)}"
-                if sample and sample[""] != name:
-                    yield sample
-                    sample = {}
-                sample |= {"": name, f".{ending.lower()}": member}
-            position = tar.offset
-    except tarfile.TarError as error:
-        raise ShardError(f"{file}: damaged ({error}); copy it again, or write the shards again") from error
-    if content[position:].strip(b"\0"):  # to tarfile, a damaged header is the end
-        raise ShardError(f"{file}: damaged tar header at byte {position:,}; copy it again, or write the shards again")
-    if sample:
-        yield sample
 
 
 # Reading
@@ -238,43 +196,50 @@ class ShardLocation:
 
 
 def is_shards(name: str) -> bool:
-    """Whether `--data NAME` means shards: a URL, a pattern of tar files, or a folder or file with their list."""
+    """Whether `--data NAME` means shards: a URL, a pattern of tar files, a folder of these, or their list."""
     if is_url(name) or _BRACES.search(name):
         return True
     path = Path(name).expanduser()
-    return path.name == INDEX or path.suffix == ".tar" or (path / INDEX).is_file()
+    return path.name == INDEX or path.suffix == ".tar" or (path / INDEX).is_file() or bool(local_tars(path))
 
 
 class ShardImages(ImageSet):
     """Images in shards. One by one they are read where they lie; `data.streaming` reads whole shards ahead."""
 
-    def __init__(self, location: ShardLocation, shards: Sequence[Shard], num_classes: int) -> None:
+    def __init__(
+        self, location: ShardLocation, shards: Sequence[Shard], num_classes: int, listed_in: str = INDEX
+    ) -> None:
         def joined(lists: list[list[int]]) -> Int[np.ndarray, "N"]:
             return np.concatenate([np.array(numbers, dtype=np.int64) for numbers in [*lists, []]])
 
         self.location = location
         self.shards = list(shards)
         self.num_classes = num_classes
+        self.listed_in = listed_in
         self.labels = joined([shard.labels for shard in shards])
         self.offsets = joined([shard.offsets for shard in shards])
         self.sizes = joined([shard.sizes for shard in shards])
-        self.keys = joined([list(range(shard.first_key, shard.first_key + shard.num_images)) for shard in shards])
+        self.positions = joined([list(range(shard.num_images)) for shard in shards])
         self.shard_numbers = np.repeat(np.arange(len(shards)), [shard.num_images for shard in shards])
 
     def image(self, index: int, reduction: Reduction | None = None) -> Image.Image:
         """Also raises what `fetch` does."""
+        picture = self.picture(index, reduction)
+        return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+    def picture(self, index: int, reduction: Reduction | None = None) -> Picture:
         shard = self.shards[self.shard_numbers[index]]
         url = self.location.url(shard.file)
         start, size = int(self.offsets[index]), int(self.sizes[index])
         return self.decode(index, fetch(url, start=start, size=size, total=shard.size), reduction)
 
-    def decode(self, index: int, content: bytes, reduction: Reduction | None = None) -> Image.Image:
+    def decode(self, index: int, content: bytes, reduction: Reduction | None = None) -> Picture:
         """The image at an index, of which the bytes are at hand.
 
         Raises:
             ImageError: The image is not usable.
         """
-        return open_image(_NamedBytes(content, self.name(index)), reduction)
+        return open_picture(_NamedBytes(content, self.name(index)), reduction)
 
     def read_shard(self, number: int, stop: Event | None = None) -> bytes:
         """A whole tar file, verified.
@@ -286,18 +251,37 @@ class ShardImages(ImageSet):
         shard = self.shards[number]
         url = self.location.url(shard.file)
         content = fetch(url, size=shard.size, total=shard.size, stop=stop)
-        if hashlib.sha256(content).hexdigest() != shard.sha256:
-            _find_images(content, url, shard.first_key, self.num_classes)  # tells the defect, where it finds one
-            raise ShardError(f"{url}: not the file that shards.json describes; copy both again")
+        if not shard.sha256:
+            self._check_headers(content, number, url)
+        elif hashlib.sha256(content).hexdigest() != shard.sha256:
+            if shard.keys is None:
+                _find_images(content, url, shard.first_key, self.num_classes)  # tells the defect, where it finds one
+            raise ShardError(f"{url}: not the file that {self.listed_in} describes; {self._next_step(shard)}")
         return content
 
+    def _check_headers(self, content: bytes, number: int, url: str) -> None:
+        """Whether each image still lies where the list says."""
+        shard = self.shards[number]
+        for offset, size, key in zip(shard.offsets, shard.sizes, shard.keys or (), strict=True):
+            header = content[offset - tarfile.BLOCKSIZE : offset]
+            try:
+                found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+            except tarfile.TarError:
+                found = None
+            if found != size:
+                raise ShardError(f"{url}/{key}: not where {self.listed_in} says; {self._next_step(shard)}")
+
+    def _next_step(self, shard: Shard) -> str:
+        return "copy both again" if shard.keys is None else f"remove {self.listed_in} and run again, to list it anew"
+
     def name(self, index: int) -> str:
-        return f"{self.shards[self.shard_numbers[index]].file}/{self.keys[index]:09d}"
+        shard = self.shards[self.shard_numbers[index]]
+        return f"{shard.file}/{shard.key(int(self.positions[index]))}"
 
     def subset(self, indices: Sequence[int] | Int[np.ndarray, "M"]) -> "ShardImages":
-        part = ShardImages(self.location, [], self.num_classes)
+        part = ShardImages(self.location, [], self.num_classes, self.listed_in)
         part.shards = self.shards
-        for column in ("labels", "offsets", "sizes", "keys", "shard_numbers"):
+        for column in ("labels", "offsets", "sizes", "positions", "shard_numbers"):
             setattr(part, column, getattr(self, column)[np.asarray(indices, dtype=np.int64)])
         return part
 
@@ -311,29 +295,40 @@ class _NamedBytes(BytesIO):
 
 
 def load_shards(name: str, *, val_fraction: float, seed: int) -> ImageData:
-    """Reads the list of shards; of the images, none.
+    """Reads the list of shards; of the images, none. Tar files without a list are read through once, for one.
 
     Args:
         name: The folder of shards.json or that file: a path, `http(s)://…`, `s3://bucket/prefix`. Or `pipe:` and a
             command that prints the file whose name replaces `{}`. Where a name in the place of `{}` has braces, as in
-            `train-{000000..000099}.tar`, only these training shards are used.
+            `train-{000000..000099}.tar`, only these training shards are used. Tar files of other tools, which have no
+            list beside them, are a folder, one file, or a name with braces (see `index_tars`).
         val_fraction: Share of validation images where there are no such shards.
         seed: Of that split.
 
     Raises:
-        ValueError: The list or its address cannot be understood, or there is nothing to train on.
+        ValueError: The list, a tar file without one, or their address cannot be understood, or there is nothing to
+            train on.
         OSError, ImportError: It cannot be read.
     """
     location, wanted = _locate(name)
     url = location.url(INDEX)
-    class_names, shards = _read_index(url)
-    if wanted is not None:
-        missing = sorted(wanted - {shard.file for shard in shards})
+    listed_in = INDEX
+    try:
+        class_names, shards = _read_index(url)
+    except (FileNotFoundError, PermissionError, ConnectionError) as error:  # a command cannot say what is missing
+        if isinstance(error, ConnectionError) and not url.startswith("pipe:"):
+            raise
+        files = dict.fromkeys(wanted, "train") if wanted else local_tars(Path(location.before))
+        if not files or (is_url(url) and wanted is None):
+            raise
+        class_names, shards, listed_in = index_tars(location.url, files)
+    else:
+        missing = sorted((wanted or set()) - {shard.file for shard in shards})
         if missing:
             raise ValueError(f"{url}: does not list {missing[0]}; name shards that it has")
-        shards = [shard for shard in shards if shard.file in wanted or shard.split != "train"]
+        shards = [shard for shard in shards if wanted is None or shard.file in wanted or shard.split != "train"]
     images = {
-        split: ShardImages(location, [shard for shard in shards if shard.split == split], len(class_names))
+        split: ShardImages(location, [shard for shard in shards if shard.split == split], len(class_names), listed_in)
         for split in SPLITS
     }
     train, val, val_source = images["train"], images["val"], "given"
@@ -386,13 +381,14 @@ def _read_index(url: str) -> tuple[tuple[str, ...], list[Shard]]:
         content = fetch(url)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{url}: missing; shards need their list beside them, as sequencer2d prepare shards writes it"
+            f"{url}: missing; prepare shards writes it; tar files of other tools need none but their names, "
+            "as in train-{000000..000099}.tar"
         ) from error
     try:
         index = json.loads(content)
         if index["format"] != FORMAT:
             raise ValueError(f"format {index['format']!r} is not {FORMAT}")
-        names = [field.name for field in fields(Shard)]
+        names = [field.name for field in fields(Shard) if field.name != "keys"]
         shards = [Shard(**{name: entry[name] for name in names}) for entry in index["shards"]]
         class_names = tuple(map(str, index["class_names"]))
         unknown = {label for shard in shards for label in shard.labels} - set(range(len(class_names)))

@@ -80,7 +80,10 @@ def stream(images: ShardImages, indices: Sequence[int]) -> Generator[bytes, None
         for index in indices:
             while index not in held:
                 number, future = reading.popleft()
-                content = future.result()
+                try:
+                    content = future.result()
+                finally:
+                    del future  # its exception has this frame: a circle, which would keep a loader's workers alive
                 for other in of_shard.pop(number):
                     start = images.offsets[other]
                     held[other] = content[start : start + images.sizes[other]]

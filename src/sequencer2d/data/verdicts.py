@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from hashlib import blake2b
@@ -17,9 +16,9 @@ import PIL
 
 from sequencer2d.data.duplicates import THUMBNAIL_BYTES
 from sequencer2d.data.inspection import DIGEST_BYTES, Inspected, Picture
-from sequencer2d.files import write_atomic
+from sequencer2d.files import cache_folder, write_atomic
 
-VERSION = f"1, Pillow {PIL.__version__}"
+VERSION = f"2, Pillow {PIL.__version__}"
 """Another version of the format, or of the library that decodes, does not know what this one found."""
 _BINARY = {"file_digest": DIGEST_BYTES, "pixel_digest": DIGEST_BYTES, "thumbnail": THUMBNAIL_BYTES}
 _PLAIN = [field.name for field in fields(Picture) if field.name not in _BINARY]
@@ -27,30 +26,19 @@ _PLAIN = [field.name for field in fields(Picture) if field.name not in _BINARY]
 logger = logging.getLogger(__name__)
 
 
-def cache_folder() -> Path:
-    """Where this user's caches lie: `XDG_CACHE_HOME`, or what the platform has in its place."""
-    if "XDG_CACHE_HOME" in os.environ:
-        base = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "sequencer2d" / "check"
-
-
 def cache_file(root: Path) -> Path:
     """Where the verdicts on a folder are kept; its name says which folder to a human, its digits to us."""
     path = root.resolve()
-    return cache_folder() / f"{path.name}-{blake2b(os.fsencode(path), digest_size=8).hexdigest()}.npz"
+    return cache_folder("check") / f"{path.name}-{blake2b(os.fsencode(path), digest_size=8).hexdigest()}.npz"
 
 
 def save_verdicts(root: Path, verdicts: Sequence[Inspected]) -> None:
     """Writes them, atomically. A cache that cannot be written costs time later, so that is no more than a warning."""
     rows = [[v.file, v.size, v.mtime_ns, _plain(v.found)] for v in verdicts]
     pictures = [v.found for v in verdicts if isinstance(v.found, Picture)]
-    text = json.dumps({"version": VERSION, "folder": str(root.resolve()), "files": rows})
+    bad = [row for row in rows if isinstance(row[-1], str)]
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {"text": np.frombuffer(text.encode(), np.uint8)}
+    arrays: dict[str, Any] = {"text": _as_array(root, rows), "bad": _as_array(root, bad)}
     for name, size in _BINARY.items():
         arrays[name] = _stacked([getattr(picture, name) for picture in pictures], size)
     np.savez(buffer, **arrays)
@@ -62,6 +50,11 @@ def save_verdicts(root: Path, verdicts: Sequence[Inspected]) -> None:
         logger.warning("The next check will take as long: %s: %s", file, error.strerror or error)
 
 
+def _as_array(root: Path, rows: list[list[Any]]) -> np.ndarray:
+    text = json.dumps({"version": VERSION, "folder": str(root.resolve()), "files": rows})
+    return np.frombuffer(text.encode(), np.uint8)
+
+
 def load_verdicts(root: Path) -> dict[str, Inspected]:
     """By file, those on files that have not changed since; nothing where there are none or they are damaged."""
     return {verdict.file: verdict for verdict in _read(root) if _is_unchanged(root, verdict)}
@@ -70,21 +63,21 @@ def load_verdicts(root: Path) -> dict[str, Inspected]:
 def known_bad(root: Path) -> dict[str, str]:
     """Files, relative to `root`, that `check` could not decode and that have not changed since, each with the reason.
 
-    Empty where no check was made.
+    Empty where no check was made. The verdicts on good files are not read: those on ImageNet are half a gigabyte.
     """
-    bad = ((verdict, verdict.found) for verdict in _read(root) if isinstance(verdict.found, str))
-    return {verdict.file: reason for verdict, reason in bad if _is_unchanged(root, verdict)}
+    verdicts = [(verdict, verdict.found) for verdict in _read(root, only_bad=True)]
+    return {verdict.file: str(reason) for verdict, reason in verdicts if _is_unchanged(root, verdict)}
 
 
-def _read(root: Path) -> list[Inspected]:
+def _read(root: Path, *, only_bad: bool = False) -> list[Inspected]:
     file = cache_file(root)
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
-            content = json.loads(archive["text"].tobytes())
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:  # reads what is asked for
+            content = json.loads(archive["bad" if only_bad else "text"].tobytes())
             if content["version"] != VERSION:
                 logger.info("Everything is looked at again: what was found by version %s", content["version"])
                 return []
-            binary = {name: archive[name] for name in _BINARY}
+            binary = {} if only_bad else {name: archive[name] for name in _BINARY}
         position = itertools.count()
         return [
             Inspected(file=name, size=size, mtime_ns=mtime_ns, found=_found(what, binary, position))

@@ -1,34 +1,26 @@
 """What happens around the steps: progress on screen, rows of metrics, checkpoints, a clean stop."""
 
-import io
 import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from sequencer2d.files import write_atomic
-from sequencer2d.training.task import SequencerTask, TrainingError
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written so that a crash leaves the old file or the new one."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_atomic(Path(path), buffer.getvalue())
+from sequencer2d.training.checkpoints import CheckpointFolder
+from sequencer2d.training.faults import TrainingError
+from sequencer2d.training.ranks import Ranks
+from sequencer2d.training.task import SequencerTask
 
 
 class JsonLinesLogger(Logger):
@@ -49,43 +41,114 @@ class JsonLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step, **{name: _json_number(value) for name, value in metrics.items()}}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """The resolved config is saved by itself."""
 
-    def forget_after(self, step: int) -> None:
-        """Drops the rows of steps that a continued run takes again."""
+    def forget_after(self, updates: int) -> None:
+        """Drops the rows of updates that a continued run makes again, and what a crash left of the last row."""
         if self.path.exists():
-            rows = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            rows = [row for row in self.path.read_text(errors="replace").splitlines() if _step_of(row) < updates]
             write_atomic(self.path, "".join(f"{row}\n" for row in rows))
+
+
+def _step_of(row: str) -> float:
+    try:
+        return json.loads(row)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _json_number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-class KeepBest(pl.Callback):
-    """After every validation: a checkpoint to go on from, and the model file if it is the best so far."""
+class StopRequested(Exception):
+    """Training was asked to stop and left a checkpoint to go on from."""
 
-    def __init__(self, checkpoint: Path, save_best: Callable[[SequencerTask, dict[str, float]], None]) -> None:
-        self.checkpoint = checkpoint
+
+class Checkpoints(pl.Callback):
+    """Keeps the best model file, writes checkpoints to go on from, and stops cleanly when asked to.
+
+    Checkpoints are written after every validation, every so many minutes in between, and on Ctrl-C, SIGTERM or SIGUSR1
+    (Slurm's, ahead of the end of the job), as soon as the update is finished. A second Ctrl-C stops at once.
+
+    Args:
+        folder: Of the checkpoints.
+        minutes: Between two of them.
+        ranks: All of them write and stop at the same update.
+        save_best: Called after a validation that is the best so far, with its metrics.
+    """
+
+    def __init__(
+        self,
+        folder: CheckpointFolder,
+        *,
+        minutes: float,
+        ranks: Ranks,
+        save_best: Callable[[SequencerTask, dict[str, float]], None],
+    ) -> None:
+        self.folder = folder
+        self.minutes = minutes
+        self.ranks = ranks
         self.save_best = save_best
         self.best = -1.0
+        self.requested = False
+        self.stopping = False
+        self.handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.last_save = time.monotonic()
+        # Only now: Lightning's own handler of SIGTERM, set before, would leave at once without a checkpoint.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self.handlers[number] = signal.signal(number, self.request)
+
+    def request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not pl_module.ends_update(batch_idx):  # gradients are in no checkpoint
+            return
+        due = time.monotonic() - self.last_save >= 60 * self.minutes
+        wish = self.ranks.highest(2 if self.requested else 1 if due else 0)
+        self.stopping = wish == 2
+        if (
+            wish and batch_idx + 1 < pl_module.batches_per_epoch
+        ):  # else validation comes first: it would not be repeated
+            self.save(trainer)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.stopping:  # only now are the metrics of the last step written
+            raise StopRequested
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
         assert isinstance(pl_module, SequencerTask)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if "valid_acc" not in metrics:
+        if math.isnan(metrics["val_loss"]):
             raise TrainingError("not one validation image could be read; see the skipped ones above")
         if metrics["valid_acc"] > self.best:
             self.best = metrics["valid_acc"]
             self.save_best(pl_module, {**metrics, "updates": trainer.global_step})
-        trainer.save_checkpoint(self.checkpoint)
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.folder.path(trainer.global_step))
+        self.last_save = time.monotonic()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -94,43 +157,7 @@ class KeepBest(pl.Callback):
         self.best = state_dict["best"]
 
 
-class StopRequested(Exception):
-    """Training was asked to stop and left a checkpoint to go on from."""
-
-
-class StopOnSignal(pl.Callback):
-    """Ctrl-C or SIGTERM: finish the update, write a checkpoint, stop. A second Ctrl-C stops at once."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
-        self.requested = False
-        self.saved = False
-        self.previous: dict[signal.Signals, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Only now: Lightning's own handler of SIGTERM, set before, would leave at once without a checkpoint.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self.request)
-
-    def request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.requested and pl_module.ends_update(batch_idx):  # gradients are in no checkpoint
-            trainer.save_checkpoint(self.checkpoint)
-            self.saved = True
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.saved:  # only now are the metrics of the last step written
-            raise StopRequested
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous.clear()
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class TrainingProgress(pl.Callback):

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig, check_range
+from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser and its learning rate: linear warm-up, cosine to the minimum, cool-down there; set per update."""
+    """The optimiser and its learning rate: linear warm-up, cosine to the minimum, cool-down there."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """The paper's, or Muon for the matrices and AdamW for the rest: slower steps, of which far fewer are needed."""
@@ -28,6 +29,8 @@ class OptimConfig:
     """Default: a fifteenth of the epochs (20 of 300 in the paper)."""
     cooldown_epochs: float = 0.0
     """Added after the epochs of the cosine."""
+    schedule_per_epoch: bool = False
+    """Hold the learning rate through each epoch, as the official code does, rather than set it at every update."""
     weight_decay: float = 0.05
     """Of matrices and kernels; norms and biases are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -38,6 +41,8 @@ class OptimConfig:
     """Largest norm of the gradient; none by default."""
     ema_decay: float | None = None
     """Decay per update of the averaged weights that are then evaluated and saved; none by default."""
+    ema_warmup: bool = True
+    """Let that decay grow from 0, so that the average forgets the initial weights; the official code has it fixed."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "min_learning_rate", "warmup_learning_rate", "clip_grad_norm"):
@@ -59,7 +64,7 @@ class TrainConfig:
     """Trains a Sequencer2D. Without any option: the embedded digits, on the CPU, in about a minute."""
 
     model: str = "auto"
-    """A name from `sequencer2d models`, or auto: by the size of the images."""
+    """A name from `sequencer2d models`, or auto: that of --weights, or else by the size of the images."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Changes to the architecture, such as --model-args.drop_path_rate 0.1 or --model-args.layers [2,2]."""
     weights: str | None = None
@@ -79,28 +84,49 @@ class TrainConfig:
     max_minutes: float | None = None
     """Wall-clock budget, validation included; the schedule anneals over it if the epochs would take longer."""
     batch_size: int = 128
-    """Images per step."""
+    """Images per step, of all processes together."""
     accumulate: int = 1
     """Steps per update of the weights."""
     augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 - frozen
     optim: OptimConfig = OptimConfig()
+    finetune: FinetuneConfig = FinetuneConfig()  # noqa: RUF009
+    distill: DistillConfig = DistillConfig()  # noqa: RUF009
+    progressive: ProgressiveConfig = ProgressiveConfig()  # noqa: RUF009
+    early_stopping: int | None = None
+    """Stop after so many validations without a better one; never by default."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes share the work: each has the whole model, or (fsdp) a part of its weights."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third of the memory, slower."""
+    deterministic: bool = False
+    """Refuse operations that give other digits when repeated; on a CPU there are none."""
+    skip_nonfinite: int = 0
+    """Updates of a run that may be skipped because their loss or gradient is no number; one more ends the run."""
     backend: Literal["auto", "native", "torch"] = "auto"
     """What runs the LSTMs: our CPU kernels, PyTorch, or auto, the kernels where they are and fit."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
+    split_seed: int | None = None
+    """Of the split alone. Default: the seed."""
     num_workers: int | None = None
-    """Processes that decode and augment. Default: by the size of the images and the number of cores."""
+    """Processes that decode and augment, per machine. Default: by the size of the images and the number of cores."""
     run_dir: str | None = None
     """Folder of the run. Default: runs/<data>-<model>, with a number where that exists."""
     resume: str = "auto"
     """auto: continue the run in --run-dir if it was stopped; never: refuse a folder that is in use; or a checkpoint."""
+    checkpoint_minutes: float = 10.0
+    """A checkpoint to go on from is written after every validation and so often in between."""
+    keep_checkpoints: int = 2
+    """How many of them are kept."""
     log_every: int = 10
     """Updates between two rows of metrics."""
+    loggers: tuple[Literal["csv", "wandb", "mlflow"], ...] = ()
+    """Records of the metrics besides metrics.jsonl and TensorBoard: [csv,wandb,mlflow]."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every"):
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.image_size is not None and self.image_size < 1:
@@ -111,13 +137,29 @@ class TrainConfig:
             raise ValueError(f"crop_pct={self.crop_pct} must lie in (0, 1]")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction={self.val_fraction} must lie in (0, 1)")
+        if self.skip_nonfinite < 0:
+            raise ValueError(f"skip_nonfinite={self.skip_nonfinite} must be at least 0")
+        if not 0 <= self.checkpoint_minutes < math.inf:
+            raise ValueError(f"checkpoint_minutes={self.checkpoint_minutes} must be a finite number ≥ 0")
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers={self.num_workers} must be at least 0")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed} must lie in [0, 2**32)")
+        for name in ("seed", "split_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 2**32:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 2**32)")
+        if self.early_stopping is not None and self.early_stopping < 1:
+            raise ValueError(f"early_stopping={self.early_stopping} must be at least 1")
+        if self.finetune.freeze != "none" and self.weights is None:
+            raise ValueError(f"finetune.freeze={self.finetune.freeze} needs weights that are worth it; give --weights")
+        if (self.progressive.epochs or 0) > self.epochs:
+            raise ValueError(f"progressive.epochs={self.progressive.epochs} is longer than epochs={self.epochs}")
         warmup_epochs = self.optim.warmup_epochs or 0
         if warmup_epochs > self.epochs:
             raise ValueError(f"optim.warmup_epochs={warmup_epochs} is longer than epochs={self.epochs}")
+
+    @property
+    def seed_of_split(self) -> int:
+        """What the validation images are drawn with, where the data bring none."""
+        return self.seed if self.split_seed is None else self.split_seed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for YAML and JSON."""
@@ -129,6 +171,11 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
     small = image_size <= SMALL_IMAGE_SIZE
     augment, optim = config.augment, config.optim
     images_per_update = config.batch_size * config.accumulate
+    progressive = config.progressive
+    if progressive.start_size is not None:
+        if progressive.start_size > image_size:
+            raise ValueError(f"progressive.start_size={progressive.start_size} is larger than image_size={image_size}")
+        progressive = replace(progressive, epochs=_default(progressive.epochs, max(1, config.epochs // 2)))
     return replace(
         config,
         model=model,
@@ -148,6 +195,7 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
             learning_rate=_default(optim.learning_rate, 2e-3 * math.sqrt(images_per_update / 2048)),
             warmup_epochs=_default(optim.warmup_epochs, config.epochs / 15),
         ),
+        progressive=progressive,
         num_workers=_default(config.num_workers, 0 if small else max(1, num_cores() - 1)),
     )
 

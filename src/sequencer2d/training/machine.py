@@ -29,6 +29,20 @@ def tune_allocator() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, _HUGE)
 
 
+def set_threads(processes: int) -> str:
+    """Shares the cores among the processes of this machine, and says how many threads each one has.
+
+    `torchrun` gives each a single thread. Where one process has the machine, OMP_NUM_THREADS or PyTorch decide.
+    """
+    import torch
+
+    from sequencer2d.training.config import num_cores
+
+    if processes > 1:
+        torch.set_num_threads(max(1, num_cores() // processes))
+    return f"{torch.get_num_threads()} of {num_cores()} cores" + (f" for each of {processes}" if processes > 1 else "")
+
+
 def choose_precision(wish: str) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
     """The precision to train in, and why.
 

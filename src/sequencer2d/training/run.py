@@ -4,6 +4,8 @@ import itertools
 import json
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import DDPStrategy
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.catalog import FileImages, ImageData, ImageSet, load_data, split_names
@@ -23,19 +27,27 @@ from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
-from sequencer2d.files import write_atomic
+from sequencer2d.files import remove_unfinished, write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.training.callbacks import (
-    AtomicCheckpointIO,
-    JsonLinesLogger,
-    KeepBest,
-    StopOnSignal,
-    StopRequested,
-    TrainingProgress,
+from sequencer2d.training.callbacks import Checkpoints, JsonLinesLogger, StopRequested, TrainingProgress
+from sequencer2d.training.checkpoints import (
+    CheckpointError,
+    CheckpointFolder,
+    find_checkpoints,
+    go_back_to,
+    is_whole,
+    newest_checkpoint,
+    updates_of,
 )
 from sequencer2d.training.config import TrainConfig, resolve
-from sequencer2d.training.machine import choose_precision, describe_machine, tune_allocator
+from sequencer2d.training.distillation import Teacher, load_teacher
+from sequencer2d.training.early_stopping import StopWithoutImprovement
+from sequencer2d.training.faults import explained, load_fault
+from sequencer2d.training.finetune import follow_weights, freeze
+from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
+from sequencer2d.training.machine import choose_precision, describe_machine, set_threads, tune_allocator
+from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.recipes import config_from_yaml
 from sequencer2d.training.task import SequencerTask
 from sequencer2d.visualize.report import Sample, write_report
@@ -45,7 +57,10 @@ from sequencer2d.zoo import create_model, get_variant
 log = logging.getLogger("sequencer2d")
 
 _LIGHTNING_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-_MAY_CHANGE = {"run_dir", "resume", "num_workers", "log_every", "data_root"}
+_MAY_CHANGE = {
+    "run_dir", "resume", "num_workers", "log_every", "data_root", "loggers", "checkpoint_minutes", "keep_checkpoints",
+    "strategy",
+}  # fmt: skip
 """Fields that a continued run may have otherwise than the stopped one."""
 _NUM_SAMPLES = 24
 
@@ -70,44 +85,102 @@ class TrainResult:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains by a config and leaves a run folder: config, split, metrics, checkpoint, model file and report.
+    """Trains by a config and leaves a run folder: config, split, metrics, checkpoints, model file and report.
+
+    Started in several processes by `torchrun` or Slurm, all train together; the first one writes.
 
     Raises:
         ValueError, FileNotFoundError: The config, the data or the starting weights are unusable; nothing was written.
-        TrainingError: The loss is no longer a number.
+        BlockingIOError: Another process is training in the run folder.
+        CheckpointError: No checkpoint of the run is whole.
+        TrainingError: Training broke off, by numbers out of range, for want of memory or disk, or because a process
+            died; the message says what to do.
         OSError: The run folder cannot be written to.
     """
     tune_allocator()
-    resumed_run = None if config.resume in ("auto", "never") else _run_of(Path(config.resume))
-    if resumed_run:
-        config = _load_config(resumed_run)
-    data = load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed)
+    ranks = join_ranks()
+    resumed_from = None if config.resume in ("auto", "never") else Path(config.resume)
+    if resumed_from:
+        config = _of_same_run(_load_config(_run_of(resumed_from)), config)
+    check_loggers(config.loggers)
+    data = ranks.first_then_others(lambda: _load_data(config))
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
-    config = _resolve(config, data)
-    run_dir = resumed_run or _choose_run_dir(config, data.name)
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    config = ranks.of_first(lambda: _resolve(config, data))
+    run_dir = ranks.of_first(lambda: _run_of(resumed_from) if resumed_from else _choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
-    if checkpoint.exists():
+    begun = bool(find_checkpoints(run_dir / "checkpoints"))
+    if begun:
         check_split(run_dir, data)
-    left_out = _left_out(run_dir, data, resumed=checkpoint.exists())
-    run = _Run(config=config, run_dir=run_dir, data=data, left_out=left_out, preprocessing=_preprocessing(config))
+    left_out = ranks.of_first(lambda: _left_out(run_dir, data, resumed=begun))
+    run = _Run(
+        config=config, run_dir=run_dir, data=data, left_out=left_out, preprocessing=_preprocessing(config), ranks=ranks
+    )
     if len(run.images("train")) < 2 or not len(run.images("val")):
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
     model = run.create_model()
-    precision, reason = choose_precision(config.precision)
+    log.info(set_threads(ranks.local_world_size))
+    teacher = load_teacher(config.distill, data.class_names)
+    precision, reason = ranks.of_first(lambda: choose_precision(config.precision))
     log.info("precision %s: %s", precision, reason)
-    run.write_description()
-    task, stopped = _fit(run, model, precision, checkpoint)
-    result = TrainResult(
-        run_dir=run_dir,
-        finished=not stopped,
+    with _locked(run_dir, ranks), explained(config, run_dir):
+        checkpoint = ranks.of_first(lambda: _checkpoint(run_dir, resumed_from))
+        if ranks.is_first:
+            run.write_description()
+        task, stopped = _fit(run, model, teacher, precision, checkpoint)
+        result = _result(run, model, task, finished=not stopped)
+        return result if stopped else ranks.of_first(lambda: _finish(run, task, result))
+
+
+def replay_fault(path: str | Path) -> list[float]:
+    """Computes the losses of an update that was kept in a run's `faults/` again, one for each of its batches.
+
+    Weights, images and random numbers are those of then, for a debugger to look into.
+
+    Raises:
+        ValueError: The file is no record of a fault, or the run had a teacher, whose part is not kept.
+    """
+    path = Path(path)
+    state, batches, facts = load_fault(path)
+    config = _load_config(path.parent.parent)
+    if config.distill.teacher:
+        raise ValueError(f"{path} cannot be replayed: the run had a teacher, {config.distill.teacher}")
+    model = create_model(config.model, **{**config.model_args, "num_classes": facts["num_classes"]})
+    model.load_state_dict(state)
+    ranks = Ranks(rank=facts["rank"])
+    task = SequencerTask(model.train(), config, _preprocessing(config), facts["batches_per_epoch"], ranks=ranks)
+    losses = []
+    for batch, seed in zip(batches, facts["seeds"], strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=facts["precision"] == "bf16-mixed"):
+            losses.append(task.loss(batch, tuple(seed), facts["schedule_epoch"]).item())
+    return losses
+
+
+def _result(run: "_Run", model: Sequencer2D, task: SequencerTask, *, finished: bool) -> TrainResult:
+    return TrainResult(
+        run_dir=run.run_dir,
+        finished=finished,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         updates=task.global_step,
         minutes=task.clock.elapsed_s / 60,
     )
-    return result if stopped else _finish(run, task, result)
+
+
+def finished_run(config: TrainConfig) -> dict[str, Any] | None:
+    """What `result.json` of `config.run_dir` says, if that run is finished; else None.
+
+    Raises:
+        ValueError: It was trained by another config.
+    """
+    assert config.run_dir is not None
+    run_dir = Path(config.run_dir)
+    if not (run_dir / "result.json").exists():
+        return None
+    changed = _changed_fields(_load_config(run_dir), _resolve(config, _load_data(config)))
+    if changed:
+        raise ValueError(f"{run_dir} holds a finished run of another config ({', '.join(changed)})")
+    return json.loads((run_dir / "result.json").read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +194,7 @@ class _Run:
     left_out: dict[str, str]
     """Names of its images that are not used, each with the reason."""
     preprocessing: Preprocessing
+    ranks: Ranks
 
     def images(self, split: str) -> ImageSet:
         """The images of a split that are used."""
@@ -130,7 +204,7 @@ class _Run:
         return images.subset([i for i in range(len(images)) if images.name(i) not in self.left_out])
 
     def create_model(self) -> Sequencer2D:
-        pl.seed_everything(self.config.seed, verbose=False)
+        pl.seed_everything(self.config.seed, verbose=False)  # the same weights on every rank
         arguments = {"num_classes": len(self.data.class_names), **self.config.model_args}
         model = create_model(self.config.model, backend=self.config.backend, **arguments)
         if model.config.num_classes != len(self.data.class_names):
@@ -143,6 +217,7 @@ class _Run:
         if self.config.weights:
             notes = load_weights_into(model, self.config.weights, self.data.class_names)
             log.info("weights from %s%s", self.config.weights, "".join(f"; {note}" for note in notes))
+        freeze(model, self.config.finetune.freeze)
         return model
 
     def write_description(self) -> None:
@@ -156,6 +231,7 @@ class _Run:
 
     def card(self, model: Sequencer2D, results: dict[str, Any]) -> ModelCard:
         origin = {name: getattr(self.config, name) for name in ("data", "data_root", "val_fraction", "seed")}
+        origin["split_seed"] = self.config.seed_of_split
         return ModelCard(
             architecture=self.config.model,
             config=model.config,
@@ -165,7 +241,12 @@ class _Run:
         )
 
 
+def _load_data(config: TrainConfig) -> ImageData:
+    return load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed_of_split)
+
+
 def _resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
+    config = follow_weights(config)
     name = config.model if config.model != "auto" else _default_model(data)
     variant = get_variant(name)
     image_size = config.image_size or variant.image_size
@@ -230,10 +311,47 @@ def _choose_run_dir(config: TrainConfig, data_name: str) -> Path:
     for run_dir in map(Path, names):
         if not run_dir.exists():
             return run_dir
-        stopped = (run_dir / "checkpoints" / "last.ckpt").exists() and not (run_dir / "result.json").exists()
+        stopped = (run_dir / "config.yaml").exists() and not (run_dir / "result.json").exists()
         if config.resume == "auto" and stopped and not _changed_fields(_load_config(run_dir), config):
-            return run_dir
+            with suppress(BlockingIOError), _locked(run_dir, Ranks()):
+                return run_dir
     raise AssertionError("names do not end")
+
+
+@contextmanager
+def _locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """Keeps other trainings out of a run folder. The system ends the lock with the process, however that dies."""
+    lock = FileLock(run_dir / ".lock", blocking=False)
+
+    def acquire() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise BlockingIOError(
+                f"{run_dir}: another process is training in it; wait for it, or give another --run-dir"
+            ) from error
+        remove_unfinished(run_dir)
+        remove_unfinished(run_dir / "checkpoints")
+
+    ranks.of_first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _checkpoint(run_dir: Path, asked_for: Path | None) -> Path | None:
+    """The checkpoint to go on from: the one that was asked for, or the newest that is whole."""
+    if asked_for is None or asked_for.is_dir():
+        return newest_checkpoint(run_dir / "checkpoints")
+    updates_of(asked_for)
+    if not is_whole(asked_for):
+        raise CheckpointError(
+            f"{asked_for} is damaged (its checksum is another); --resume {run_dir} takes the last whole one"
+        )
+    go_back_to(asked_for)
+    return asked_for
 
 
 def _run_of(path: Path) -> Path:
@@ -242,6 +360,13 @@ def _run_of(path: Path) -> Path:
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(f"{path} is no run to resume: {run_dir / 'config.yaml'} is missing")
     return run_dir
+
+
+def _of_same_run(saved: TrainConfig, given: TrainConfig) -> TrainConfig:
+    """The run's own config, with what may change and was given otherwise than by default."""
+    default = TrainConfig()
+    changes = {name: getattr(given, name) for name in _MAY_CHANGE - {"resume", "run_dir"}}
+    return replace(saved, **{name: value for name, value in changes.items() if value != getattr(default, name)})
 
 
 def _load_config(run_dir: Path) -> TrainConfig:
@@ -253,29 +378,40 @@ def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
     return [name for name in before if name not in _MAY_CHANGE and before[name] != after[name]]
 
 
-def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tuple[SequencerTask, bool]:
-    """Trains to the end, or until asked to stop; the checkpoint that is there is continued."""
-    config = run.config
+def _fit(
+    run: _Run, model: Sequencer2D, teacher: Teacher | None, precision: str, checkpoint: Path | None
+) -> tuple[SequencerTask, bool]:
+    """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
+    config, ranks = run.config, run.ranks
     small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
     train_images, val_images = (
         CachedImages(images) if small and not isinstance(images, ShardImages) else images
         for images in (run.images("train"), run.images("val"))
     )
-    workers = config.num_workers or 0
+    workers = -(-(config.num_workers or 0) // ranks.local_world_size)
+    share: dict[str, Any] = {"num_workers": workers, "rank": ranks.rank, "world_size": ranks.world_size}
     train_loader = TrainLoader(
         train_images,
         TrainTransform(config.augment, run.preprocessing),
         batch_size=config.batch_size,
         seed=config.seed,
-        num_workers=workers,
+        **share,
     )
-    val_loader = eval_loader(
-        val_images, EvalTransform(run.preprocessing), batch_size=config.batch_size, num_workers=workers
+    val_batch = -(-config.batch_size // ranks.world_size)
+    val_loader = eval_loader(val_images, EvalTransform(run.preprocessing), batch_size=val_batch, **share)
+    if ranks.world_size > 1:
+        share_batch_norms(model)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    task = SequencerTask(
+        model, config, run.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
     )
-    task = SequencerTask(model, config, run.preprocessing, len(train_loader))
 
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
+        if not ranks.is_first:
+            return
         results = {
+            "which": "best",
             "val_top1": metrics["valid_acc"],
             "epochs": round(metrics["epoch"], 3),
             "updates": int(metrics["updates"]),
@@ -285,17 +421,21 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
         save_model(best, run.card(best, results), run.run_dir / "model.safetensors")
 
     metrics_file = JsonLinesLogger(run.run_dir / "metrics.jsonl")
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
-        metrics_file.forget_after(saved["global_step"])
-        log.info("continuing %s after %d updates", run.run_dir, saved["global_step"])
-    else:
-        metrics_file.path.unlink(missing_ok=True)
+    if ranks.is_first:
+        metrics_file.forget_after(updates_of(checkpoint) if checkpoint else 0)
+    if checkpoint:
+        log.info("continuing %s after %d updates", run.run_dir, updates_of(checkpoint))
+    folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
+    loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint is not None)
+    patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
     with warnings.catch_warnings():
         _ignore_lightning_advice()
         trainer = pl.Trainer(
             accelerator="auto",
-            devices=1,
+            devices=ranks.local_world_size,
+            num_nodes=ranks.num_nodes,
+            strategy=_strategy(config, ranks),
+            use_distributed_sampler=False,
             precision=_LIGHTNING_PRECISION[precision],
             max_epochs=-1,
             max_steps=task.clock.total_updates,
@@ -305,9 +445,13 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
-            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard")],
-            plugins=[AtomicCheckpointIO()],
-            callbacks=[TrainingProgress(), StopOnSignal(checkpoint), KeepBest(checkpoint, save_best)],
+            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard"), *loggers],
+            plugins=[folder, *([ranks.environment] if ranks.environment else [])],
+            callbacks=[
+                *([TrainingProgress()] if ranks.is_first else []),
+                *patience,
+                Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
+            ],
         )
         torch.set_flush_denormal(True)
         try:
@@ -315,14 +459,21 @@ def _fit(run: _Run, model: Sequencer2D, precision: str, checkpoint: Path) -> tup
                 task,
                 train_loader,
                 val_loader,
-                ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+                ckpt_path=str(checkpoint) if checkpoint else None,
                 weights_only=True,
             )
         except StopRequested:
             return task, True
         finally:
             torch.set_flush_denormal(False)  # as it is by default
+            close_loggers(loggers)
     return task, False
+
+
+def _strategy(config: TrainConfig, ranks: Ranks) -> Any:
+    if ranks.world_size == 1:
+        return "auto"
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # batch norms are equal on all ranks
 
 
 def _ignore_lightning_advice() -> None:
@@ -331,6 +482,9 @@ def _ignore_lightning_advice() -> None:
         "The '.*_dataloader' does not have many workers",
         "Found .* module\\(s\\) in eval mode",  # the averaged weights
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "`broadcast_buffers` is deprecated",  # what replaces it is in the newest torch only
+        "It is recommended to use `self.log\\(.*sync_dist=True",  # of clocks, which the first rank tells
+        "The ``compute`` method of metric .* was called before",  # no validation image could be read
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -339,6 +493,8 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     """Evaluates the best weights once, and writes model file, samples, report and result."""
     path = run.run_dir / "model.safetensors"
     model, card = load_model(path)
+    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    _save_last(run, task, rows)
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
@@ -350,7 +506,6 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     samples = _samples(run, images, answers)
     _write_samples(run.run_dir / "samples", samples)
     environment = json.loads((run.run_dir / "environment.json").read_text())
-    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
     write_report(
         run.run_dir / "report.html",
         title=run.run_dir.name,
@@ -367,6 +522,20 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
         json.dumps({**asdict(result), "run_dir": str(result.run_dir)}, indent=2),
     )
     return result
+
+
+def _save_last(run: _Run, task: SequencerTask, rows: list[dict[str, Any]]) -> None:
+    """The weights after the last update, as a model file beside the best ones."""
+    validation = next(row for row in reversed(rows) if "valid_acc" in row)
+    results = {
+        "which": "last",
+        "val_top1": validation["valid_acc"],
+        "epochs": round(validation["epoch"], 3),
+        "updates": task.global_step,
+        "minutes": task.clock.elapsed_s / 60,
+    }
+    model = task.evaluated_model
+    save_model(model, run.card(model, results), run.run_dir / "last.safetensors")
 
 
 def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dict[str, str]:

@@ -12,13 +12,15 @@ def learning_rate(epoch: float, epochs: float, optim: OptimConfig) -> float:
     As in timm the warm-up is part of the cosine's span, not put before it.
 
     Args:
-        epoch: Epochs done, 0 … `epochs + optim.cooldown_epochs`.
+        epoch: Epochs done, 0 … `epochs + optim.cooldown_epochs`; of a schedule per epoch the whole ones count.
         epochs: Span of the cosine.
         optim: Resolved, that is without `None`.
     """
     peak, low, warmup = optim.learning_rate, optim.min_learning_rate, optim.warmup_epochs
     assert peak is not None
     assert warmup is not None
+    if optim.schedule_per_epoch:
+        epoch = math.floor(epoch + 1e-6)  # a fraction of the run times its epochs is off by some 1e-13
     if epoch < warmup:
         return optim.warmup_learning_rate + (peak - optim.warmup_learning_rate) * epoch / warmup
     if epoch < epochs:

@@ -3,9 +3,9 @@
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from timm.optim import param_groups_weight_decay
@@ -15,38 +15,61 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from sequencer2d.data.loaders import Batch, seed_generators
-from sequencer2d.data.mixing import BatchMixing
+from sequencer2d.data.loaders import Batch
+from sequencer2d.data.mixing import BatchMixing, seed_generators
 from sequencer2d.data.transforms import normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.distillation import Teacher
+from sequencer2d.training.faults import TrainingError, keep_fault
+from sequencer2d.training.finetune import scale_by_layer
 from sequencer2d.training.muon import Muon, muon_groups
+from sequencer2d.training.progressive import resized, size_in
+from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.schedule import Clock, learning_rate
 
 log = logging.getLogger("sequencer2d")
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do. Checkpoints up to here are whole."""
-
-
 class SequencerTask(pl.LightningModule):
     """Trains `model` by a resolved config and validates its averaged weights where the config asks for them.
 
-    All randomness of a step is seeded by (seed, step), so a continued run draws what the uninterrupted one would.
+    All randomness of a step is seeded by (seed, step), so a continued run draws what the uninterrupted one would. Ranks
+    draw the same augmentation for an image as one process would; dropout and stochastic depth differ with their number.
+
+    Args:
+        model: To train.
+        config: Resolved.
+        preprocessing: Of the images.
+        batches_per_epoch: Length of the training loader.
+        ranks: The processes that train together.
+        faults: Folder for what led to a loss or gradient that is no number.
     """
 
     def __init__(
-        self, model: Sequencer2D, config: TrainConfig, preprocessing: Preprocessing, batches_per_epoch: int
+        self,
+        model: Sequencer2D,
+        config: TrainConfig,
+        preprocessing: Preprocessing,
+        batches_per_epoch: int,
+        teacher: Teacher | None = None,
+        *,
+        ranks: Ranks = Ranks(),  # noqa: B008 - frozen
+        faults: Path | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.preprocessing = preprocessing
         self.batches_per_epoch = batches_per_epoch
+        self.teacher = teacher
+        self.ranks = ranks
+        self.faults = faults
+        self.stride = math.prod(model.config.patch_sizes)
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
-        self.ema = ModelEmaV3(model, config.optim.ema_decay, use_warmup=True) if config.optim.ema_decay else None
+        ema_decay, ema_warmup = config.optim.ema_decay, config.optim.ema_warmup
+        self.ema = ModelEmaV3(model, ema_decay, use_warmup=ema_warmup) if ema_decay else None
         if self.ema:
             self.ema.requires_grad_(False)
         self.total_epochs = config.epochs + config.optim.cooldown_epochs
@@ -56,6 +79,12 @@ class SequencerTask(pl.LightningModule):
         self.val_loss = MeanMetric()
         self.skipped: dict[str, None] = {}
         """Unreadable images met so far, once each, in the order of their appearance."""
+        self.nonfinite_updates = 0
+        """Skipped so far."""
+        self.batches: list[Batch] = []
+        """Of the update that is under way."""
+        self.seeds: list[tuple[int, ...]] = []
+        """Of these batches."""
         self.epochs_done = 0.0
 
     @property
@@ -64,8 +93,19 @@ class SequencerTask(pl.LightningModule):
         return self.ema.module if self.ema else self.model  # type: ignore[return-value]
 
     @property
+    def schedule_epoch(self) -> int:
+        """Whole epochs done; where a budget of time ends the run sooner, as many as its schedule is through."""
+        return math.floor(self.progress * self.total_epochs + 1e-6)
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that is done. Each rank has a clock of its own; the fastest one counts."""
+        progress = self.clock.progress(self.global_step)
+        return progress if self.config.max_minutes is None else self.ranks.highest(progress)
+
+    @property
     def images_per_s(self) -> float:
-        """Training images per second since the epoch began, loading included."""
+        """Training images per second of all ranks since the epoch began, loading included."""
         return self.images_seen / (time.monotonic() - self.epoch_started)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -73,16 +113,63 @@ class SequencerTask(pl.LightningModule):
         optim, undecayed = self.config.optim, self.model.no_weight_decay()
         if optim.optimizer == "muon":
             groups = muon_groups(self.model, optim.weight_decay, undecayed)
+            groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
             dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
             return Muon(groups, optim.learning_rate or 0.0, momentum=optim.momentum, betas=optim.betas, dtype=dtype)
         groups = param_groups_weight_decay(self.model, optim.weight_decay, no_weight_decay_list=undecayed)
+        groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
         fused = self.trainer.precision != "16-mixed"  # fused, it unscales fp16 gradients only after the clipping
         return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=fused)
 
     def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **options: Any) -> None:
-        """Clips the norm over all parameters. (Lightning's own refuses fused optimisers in mixed precision.)"""
-        if self.config.optim.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_grad_norm)
+        """Clips the norm over all parameters, and sees to gradients that are no numbers.
+
+        (Lightning's own clipping refuses fused optimisers in mixed precision.)
+        """
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        limit = self.config.optim.clip_grad_norm
+        scaled = self.trainer.precision == "16-mixed"  # there the loss scaler skips such updates by itself
+        if scaled and limit is None:
+            return
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if not scaled and not torch.isfinite(norm):
+            self.on_nonfinite(optimizer, norm.item())
+        elif limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+
+    def on_nonfinite(self, optimizer: torch.optim.Optimizer, gradient_norm: float) -> None:
+        """Skips the update, or ends the run with a diagnosis. What led to it is kept in a file."""
+        rate = optimizer.param_groups[0]["lr"]
+        loss = float(self.trainer.callback_metrics.get("train_loss", math.nan))
+        where = f"update {self.global_step}: loss {loss:.4g}, norm of the gradient {gradient_norm:.4g}"
+        if self.faults:
+            facts = {
+                "updates": self.global_step,
+                "epoch": self.current_epoch,
+                "rank": self.ranks.rank,
+                "learning_rate": rate,
+                "gradient_norm": str(gradient_norm),
+                "loss": str(loss),
+                "precision": str(self.trainer.precision),
+                "seeds": self.seeds,
+                "schedule_epoch": self.schedule_epoch,
+                "num_classes": self.model.config.num_classes,
+                "batches_per_epoch": self.batches_per_epoch,
+            }
+            where += f", kept in {keep_fault(self.faults, model=self.model, batches=self.batches, facts=facts)}"
+        if self.nonfinite_updates >= self.config.skip_nonfinite:
+            raise TrainingError(
+                f"numbers ran out of range at {where}; lower --optim.learning-rate (now {rate:.2g}), set "
+                "--optim.clip-grad-norm 1, try --precision fp32, or skip some such updates by --skip-nonfinite 10"
+            )
+        self.nonfinite_updates += 1
+        log.warning("skipped %s", where)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def on_fit_start(self) -> None:
+        if self.teacher:
+            self.teacher.model.to(self.device)
 
     def on_train_start(self) -> None:
         self.clock.start()
@@ -92,65 +179,85 @@ class SequencerTask(pl.LightningModule):
         self.images_seen = 0
         self.epoch_started = time.monotonic()
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        step_seed = np.random.SeedSequence([self.config.seed, self.current_epoch, batch_idx])
-        seed_generators(int(step_seed.generate_state(1)[0]))
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         self.note_skipped(batch)
-        if not len(batch.images):
+        num_images = self.ranks.total(len(batch.images))
+        if not num_images:
             return None
-        images, targets = self.mixing(normalize(batch.images, self.preprocessing), batch.labels)
-        loss = F.cross_entropy(self.model(images).float(), targets)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss.item()} at update {self.global_step}; "
-                f"lower --optim.learning-rate (now {self.optimizers().param_groups[0]['lr']:.2g}), "  # type: ignore
-                "set --optim.clip-grad-norm 1, or try --precision fp32"
-            )
-        self.images_seen += len(images)
-        self.log("train_loss", loss.detach())
-        return loss
+        share = len(batch.images) * self.ranks.world_size / num_images  # the ranks' losses are then averaged
+        if not len(batch.images):
+            batch = blank(self.preprocessing, batch)
+        seed, epoch = (self.config.seed, self.current_epoch, batch_idx), self.schedule_epoch
+        self.batches.append(batch)
+        self.seeds.append(seed)
+        loss = self.loss(batch, seed, epoch)
+        if share != 1:
+            loss = loss * share
+        if not torch.isfinite(loss):  # so that the gradients of all ranks tell it
+            loss = loss * math.nan
+        self.images_seen += num_images
+        self.log("train_loss", loss.detach(), sync_dist=self.ranks.world_size > 1)
+        return loss * (self.config.accumulate / self.steps_of_update(batch_idx))  # Lightning divides by `accumulate`
+
+    def loss(self, batch: Batch, seed: tuple[int, ...], epoch: int) -> Tensor:
+        """The mean loss of a batch's images, mixed and erased by the seed as in an epoch of the schedule."""
+        seed_generators(*seed)
+        images = normalize(batch.images, self.preprocessing)
+        images = resized(images, size_in(epoch, self.config.progressive, self.preprocessing.image_size, self.stride))
+        mix = epoch < self.total_epochs - self.config.augment.mixing_off_epochs
+        images, targets = self.mixing(images, batch.labels, mix=mix)
+        images = self.mixing.erase(images, [(*seed, index) for index in batch.indices.tolist()])
+        seed_generators(*seed, self.ranks.rank)
+        logits = self.model(images).float()
+        loss = F.cross_entropy(logits, targets)
+        return self.teacher.blend(loss, logits, images, self.preprocessing) if self.teacher else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        progress = self.clock.progress(self.global_step)
-        rate = learning_rate(progress * self.total_epochs, self.config.epochs, self.config.optim)
+        rate = learning_rate(self.progress * self.total_epochs, self.config.epochs, self.config.optim)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         self.log("learning_rate", rate)
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Updates the weights and their average; before any callback saves a checkpoint of this step."""
         super().optimizer_step(*arguments, **options)
         if self.ema:
-            self.ema.update(self.model, self.global_step + 1)
+            self.ema.update(self.model, self.global_step + 1 if self.config.optim.ema_warmup else None)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.ends_update(batch_idx):
+            self.batches.clear()
+            self.seeds.clear()
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
         self.log_position()
-        if self.config.max_minutes is not None and self.clock.progress(self.global_step) >= 1:
+        if self.config.max_minutes is not None and self.progress >= 1:
             self.trainer.should_stop = True
 
     def ends_update(self, batch_idx: int) -> bool:
         """Whether the weights change after this batch, rather than its gradients being kept for the next."""
         return (batch_idx + 1) % self.config.accumulate == 0 or batch_idx + 1 == self.batches_per_epoch
 
+    def steps_of_update(self, batch_idx: int) -> int:
+        """Batches whose mean gradient makes the update that this one is part of: fewer where an epoch ends early."""
+        left_over = self.batches_per_epoch % self.config.accumulate
+        return left_over if batch_idx >= self.batches_per_epoch - left_over else self.config.accumulate
+
     def on_validation_epoch_start(self) -> None:
         self.validation_started = time.monotonic()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.note_skipped(batch)
-        if not len(batch.images):
-            return
-        logits = self.evaluated_model(normalize(batch.images, self.preprocessing)).float()
-        self.val_loss.update(F.cross_entropy(logits, batch.labels), weight=len(logits))
-        self.val_accuracy.update(logits, batch.labels)
+        if len(batch.images):
+            logits = self.evaluated_model(normalize(batch.images, self.preprocessing)).float()
+            loss = F.cross_entropy(logits, batch.labels).nan_to_num(nan=math.inf)  # the mean would leave it out
+            self.val_loss.update(loss, weight=len(logits))
+            self.val_accuracy.update(logits, batch.labels)
         self.log("val_loss", self.val_loss, on_epoch=True)
         self.log("valid_acc", self.val_accuracy, on_epoch=True, prog_bar=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.clock.reserve_s = time.monotonic() - self.validation_started
+        self.clock.reserve_s = self.ranks.highest(time.monotonic() - self.validation_started)
         self.log_position()
 
     def log_position(self) -> None:
@@ -171,6 +278,7 @@ class SequencerTask(pl.LightningModule):
             "elapsed_s": self.clock.elapsed_s,
             "reserve_s": self.clock.reserve_s,
             "skipped": list(self.skipped),
+            "nonfinite_updates": self.nonfinite_updates,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -178,3 +286,10 @@ class SequencerTask(pl.LightningModule):
         self.clock.before_s = saved["elapsed_s"]
         self.clock.reserve_s = saved["reserve_s"]
         self.skipped.update(dict.fromkeys(saved["skipped"]))
+        self.nonfinite_updates = saved["nonfinite_updates"]
+
+
+def blank(preprocessing: Preprocessing, batch: Batch) -> Batch:
+    """One black image for a rank that has none: it must take part in the exchange of gradients, with no weight."""
+    side, zero = preprocessing.image_size, torch.zeros(1, dtype=torch.int64)
+    return Batch(batch.images.new_zeros((1, side, side, 3)), zero, zero, batch.skipped)

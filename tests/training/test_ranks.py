@@ -1,0 +1,211 @@
+"""Several processes train as one does: the same batches, updates and metrics, and none outlives another."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from jobs import Job
+from runs import make_images, rows
+from sequencer2d.data.loaders import ShuffledBatches
+from sequencer2d.training.ranks import Ranks
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """All that is drawn at random but what each rank draws for itself; batches that do not divide evenly."""
+    return {
+        "model": "sequencer2d_conv_p_patch2_16",
+        "model_args": {"layers": [1, 1], "embed_dims": [8, 8], "hidden_sizes": [2, 2], "stem_widths": [8]},
+        "data": str(make_images(tmp_path / "colours")),
+        "val_fraction": 0.25,
+        "epochs": 3,
+        "batch_size": 7,
+        "accumulate": 2,
+        "augment": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "random_erasing": 0.5},
+        "optim": {"learning_rate": 1e-2, "warmup_epochs": 1, "ema_decay": 0.9, "clip_grad_norm": 1.0},
+        "precision": "fp32",
+        "log_every": 1,
+        "run_dir": str(tmp_path / "run"),
+    }
+
+
+def assert_same(run_dir: Path, other: Path) -> None:
+    """The same curves and weights within what the order of a sum makes of single precision."""
+    ours, theirs = rows(run_dir), rows(other)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(two, rel=2e-4), (one, two)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run_dir, other))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-2, atol=2e-4)
+
+
+def test_two_ranks_train_as_one(recipe: dict[str, Any], tmp_path: Path) -> None:
+    statuses, errors = Job(tmp_path / "two", recipe, ranks=2).run()
+    assert statuses == [0, 0], errors
+    assert "each of 2" in errors
+    assert errors.count("epoch 3:") == 1
+    statuses, errors = Job(tmp_path / "one", {**recipe, "run_dir": str(tmp_path / "alone")}).run()
+    assert statuses == [0], errors
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_one(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A signal to one of the ranks stops all, after the same update."""
+    job = Job(tmp_path / "two", recipe, ranks=2, kill=(5, signal.SIGTERM), victim=1)
+    statuses, errors = job.run()
+    assert statuses == [75, 75], errors
+    statuses, errors = Job(tmp_path / "one", recipe).run()
+    assert statuses == [0], errors
+    assert "continuing" in errors
+    Job(tmp_path / "whole", {**recipe, "run_dir": str(tmp_path / "whole run")}).run()
+    assert_same(tmp_path / "run", tmp_path / "whole run")
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_job_down_and_torchrun_brings_it_back(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["checkpoint_minutes"] = 0
+    job = Job(tmp_path / "two", recipe, kill=(5, signal.SIGKILL), victim=1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run([*torchrun, *job.command], env=job.environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "continuing" in done.stderr
+    Job(tmp_path / "one", {**recipe, "run_dir": str(tmp_path / "alone")}).run()
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces need root and ip"
+)
+def test_two_hosts_with_addresses_of_their_own_train_together(recipe: dict[str, Any], tmp_path: Path) -> None:
+    job = Job(tmp_path / "two", recipe)
+    hosts = ["seq2d-a", "seq2d-b"]
+    pair = f"ip link add {hosts[0]} netns {hosts[0]} type veth peer name {hosts[1]} netns {hosts[1]}"
+    try:
+        for host in hosts:
+            if subprocess.run(["ip", "netns", "add", host], capture_output=True, check=False).returncode:
+                pytest.skip("this machine does not allow network namespaces")
+        subprocess.run(pair.split(), check=True)
+        for number, host in enumerate(hosts, 1):
+            for command in (f"addr add 10.77.0.{number}/24 dev {host}", f"link set {host} up", "link set lo up"):
+                subprocess.run(["ip", "-n", host, *command.split()], check=True)
+        processes = [
+            subprocess.Popen(
+                [
+                    *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
+                    *(f"--node-rank={number}", "--nproc-per-node=1", "--master-addr=10.77.0.1", "--master-port=29577"),
+                    *job.command,
+                ],
+                env={**job.environment, "GLOO_SOCKET_IFNAME": host},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number, host in enumerate(hosts)
+        ]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], errors
+    finally:
+        for host in hosts:
+            subprocess.run(["ip", "netns", "del", host], capture_output=True, check=False)
+    Job(tmp_path / "one", {**recipe, "run_dir": str(tmp_path / "alone")}).run()
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_readable_image_does_not_keep_the_others_waiting(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """In batches of two the second rank has none at all."""
+    for path in sorted(Path(recipe["data"]).rglob("*.png"))[::2]:
+        path.write_bytes(b"no image")
+    recipe |= {"batch_size": 3, "epochs": 1, "accumulate": 1}
+    statuses, errors = Job(tmp_path / "two", recipe, ranks=2).run()
+    assert statuses == [0, 0], errors
+    assert "skipped" in errors
+
+
+@pytest.mark.slow
+def test_wrong_input_ends_all_ranks_with_one_line(recipe: dict[str, Any], tmp_path: Path) -> None:
+    statuses, errors = Job(tmp_path / "two", {**recipe, "data": str(tmp_path / "nowhere")}, ranks=2).run()
+    assert statuses == [2, 2], errors
+    assert "Traceback" not in errors
+    assert "nowhere" in errors
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("batch_size", [2, 7, 8, 12])
+def test_the_shares_of_a_batch_are_the_batch_with_its_pairs(batch_size: int, world_size: int) -> None:
+    """Mixing pairs the first image with the last and so on; each pair is on one rank, at mirrored places."""
+
+    def batches(rank: int, world_size: int) -> list[list[int]]:
+        sampler = ShuffledBatches(30, batch_size, 0, rank=rank, world_size=world_size)
+        return [[index for index, _ in batch] for batch in sampler]
+
+    def pairs(batch: list[int]) -> set[tuple[int, int]]:
+        return {(batch[i], batch[len(batch) // 2 * 2 - 1 - i]) for i in range(len(batch) // 2 * 2)}
+
+    shares = [batches(rank, world_size) for rank in range(world_size)]
+    for number, batch in enumerate(batches(0, 1)):
+        parts = [share[number] for share in shares]
+        assert sorted(index for part in parts for index in part) == sorted(batch)
+        assert set.union(*(pairs(part) for part in parts)) == pairs(batch)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 3
+
+
+def test_a_single_process_needs_no_group() -> None:
+    ranks = Ranks()
+    assert ranks.is_first
+    assert ranks.of_first(lambda: 3) == ranks.first_then_others(lambda: 3) == ranks.total(3) == ranks.highest(3) == 3
+
+
+_NORMS = """
+import sys, torch
+from torch import distributed, nn
+from sequencer2d.training.ranks import share_batch_norms
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meeting", rank=rank, world_size=2)
+norm = nn.Sequential(nn.BatchNorm2d(3)).train()
+norm.load_state_dict(torch.load(f"{sys.argv[2]}/state.pt", weights_only=True))
+share_batch_norms(norm)
+x = torch.load(f"{sys.argv[2]}/x.pt", weights_only=True)[[slice(0, 1), slice(1, 4)][rank]].requires_grad_()
+norm(x).square().mul(torch.arange(1.0, 6)).sum().backward()
+gradients = norm[0].weight.grad.clone()
+distributed.all_reduce(gradients)
+torch.save([x.grad, gradients, norm.state_dict()], f"{sys.argv[2]}/{rank}.pt")
+"""
+
+
+def test_batch_norms_use_the_statistics_of_all_ranks(tmp_path: Path) -> None:
+    layer = nn.BatchNorm2d(3)
+    norm = nn.Sequential(layer).train()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(4, 3, 4, 5, requires_grad=True)
+    torch.save(norm.state_dict(), tmp_path / "state.pt")
+    torch.save(x.detach(), tmp_path / "x.pt")
+    processes = [
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _NORMS, str(rank), str(tmp_path)]) for rank in range(2)
+    ]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    norm(x).square().mul(torch.arange(1.0, 6)).sum().backward()
+    (first, gradients, state), (second, _, other) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    torch.testing.assert_close(torch.cat([first, second]), x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, layer.weight.grad, rtol=1e-4, atol=1e-5)
+    for name, value in norm.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+        assert torch.equal(state[name], other[name])
