@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reference import ByHand, FrugalLSTM, replace_rnns
 from sequencer2d.flops import attention_costs, bilstm2d_costs, costs
-from sequencer2d.layers import MIXERS, BiLSTM2D
+from sequencer2d.layers import MIXERS, BiLSTM2D, set_backend
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.zoo import VARIANTS, get_config
 
@@ -79,6 +79,7 @@ def test_what_is_no_size_is_named(size: Any) -> None:
 
 def test_a_counter_that_skips_lstms_misses_two_fifths() -> None:
     model = Sequencer2D(get_config("sequencer2d_s")).eval()
+    set_backend(model, "torch")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 224, 224))
     assert counter.get_total_flops() / 2 < 0.6 * costs(model.config, 224).macs

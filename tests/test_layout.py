@@ -15,6 +15,7 @@ import sequencer2d
 SRC = Path(sequencer2d.__file__).parent
 
 TIERS: list[set[str]] = [
+    {"native"},
     {"files", "hub", "layers", "preprocessing"},
     {"model"},
     {"adapters", "flops"},

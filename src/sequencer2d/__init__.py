@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sequencer2d.evaluation import evaluate
+    from sequencer2d.layers import set_backend
+    from sequencer2d.native import backends
     from sequencer2d.prediction import predict
     from sequencer2d.training.config import TrainConfig
     from sequencer2d.training.run import train
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "TrainConfig": "sequencer2d.training.config",
+    "backends": "sequencer2d.native",
     "create_model": "sequencer2d.zoo",
     "evaluate": "sequencer2d.evaluation",
     "from_pretrained": "sequencer2d.weights",
@@ -27,12 +30,14 @@ _HOME = {
     "predict": "sequencer2d.prediction",
     "push_to_hub": "sequencer2d.weights",
     "save_model": "sequencer2d.weights",
+    "set_backend": "sequencer2d.layers",
     "train": "sequencer2d.training.run",
     "train_seeds": "sequencer2d.training.seeds",
 }
 
 __all__ = [
     "TrainConfig",
+    "backends",
     "create_model",
     "evaluate",
     "from_pretrained",
@@ -41,6 +46,7 @@ __all__ = [
     "predict",
     "push_to_hub",
     "save_model",
+    "set_backend",
     "train",
     "train_seeds",
 ]

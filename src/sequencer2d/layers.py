@@ -11,6 +11,8 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sequencer2d import native
+
 LAYER_NORM_EPS = 1e-6  # the official code's; PyTorch's default is 1e-5
 
 
@@ -24,6 +26,7 @@ class BiLSTM2D(nn.Module):
 
     cell: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN] = nn.LSTM
     bidirectional = True
+    backend = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -33,6 +36,9 @@ class BiLSTM2D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_v, self.rnn_h):
+                return self.fc(native.bilstm2d(x, self.rnn_v, self.rnn_h))
         vertical, _ = self.rnn_v(columns(x))
         horizontal, _ = self.rnn_h(rows(x))
         return self.fc(torch.cat([from_columns(vertical, x), from_rows(horizontal, x)], dim=-1))
@@ -95,6 +101,10 @@ class AddBiLSTM2D(BiLSTM2D):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_v, self.rnn_h):
+                vertical, horizontal = native.bilstm2d(x, self.rnn_v, self.rnn_h).chunk(2, dim=-1)
+                return self.fc(vertical + horizontal)
         vertical, _ = self.rnn_v(columns(x))
         horizontal, _ = self.rnn_h(rows(x))
         return self.fc(from_columns(vertical, x) + from_rows(horizontal, x))
@@ -112,6 +122,8 @@ class UnfusedBiLSTM2D(BiLSTM2D):
 class VerticalBiLSTM(nn.Module):
     """Columns only, without a linear layer, so `2·D` must be `C`."""
 
+    backend = "auto"
+
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.rnn_v = nn.LSTM(input_size, hidden_size, batch_first=True, bidirectional=True)
@@ -119,12 +131,17 @@ class VerticalBiLSTM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_v):
+                return native.bilstm2d(x, self.rnn_v, None)
         y, _ = self.rnn_v(columns(x))
         return from_columns(y, x)
 
 
 class HorizontalBiLSTM(nn.Module):
     """Rows only, without a linear layer, so `2·D` must be `C`."""
+
+    backend = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -133,12 +150,17 @@ class HorizontalBiLSTM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn_h):
+                return native.bilstm2d(x, None, self.rnn_h)
         y, _ = self.rnn_h(rows(x))
         return from_rows(y, x)
 
 
 class BiLSTM1D(nn.Module):
     """All tokens as one sequence, row after row, so `2·D` must be `C`: the Vanilla Sequencer's (appendix C)."""
+
+    backend = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -147,6 +169,9 @@ class BiLSTM1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.serves(self.backend, x, self.rnn):
+                return native.bilstm2d(x.flatten(1, 2).unsqueeze(1), None, self.rnn).reshape(x.shape)
         y, _ = self.rnn(x.flatten(1, 2))
         return y.reshape(x.shape)
 
@@ -171,6 +196,20 @@ MIXERS: dict[str, type[nn.Module]] = {
     )
 }
 """What may stand in a block in the place of self-attention, by the name that `SequencerConfig.mixer` gives."""
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Chooses what runs the LSTMs of a model: our CPU kernels, PyTorch, or (auto) the kernels where they are and fit.
+
+    Parameters and state dict are the same for all; the choice is saved with neither.
+
+    Raises:
+        ValueError: There is no such backend, or it cannot run here; the message says why and what to do.
+    """
+    native.check_backend(backend)
+    for module in model.modules():
+        if isinstance(module, BiLSTM2D | VerticalBiLSTM | HorizontalBiLSTM | BiLSTM1D):
+            module.backend = backend
 
 
 class Sequencer2DBlock(nn.Module):

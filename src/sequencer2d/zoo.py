@@ -10,6 +10,7 @@ from typing import Any
 
 from sequencer2d.adapters import load_weights
 from sequencer2d.hub import PREFIX, download
+from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.preprocessing import Preprocessing
 
@@ -221,7 +222,9 @@ def get_config(name: str, **overrides: Any) -> SequencerConfig:
     return SequencerConfig(**known)
 
 
-def create_model(name: str, *, pretrained: bool | str | Path = False, **overrides: Any) -> Sequencer2D:
+def create_model(
+    name: str, *, pretrained: bool | str | Path = False, backend: str = "auto", **overrides: Any
+) -> Sequencer2D:
     """A model of the zoo, any argument of `SequencerConfig` changed.
 
     Example: `create_model("sequencer2d_s", num_classes=10, drop_path_rate=0.1)`
@@ -232,11 +235,12 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
             file of the official code's, timm's or ours, a run folder, another name that has published weights, or
             `hf-hub:user/name`. Another number of classes or image channels is adapted to, with a word. Default:
             freshly initialised.
+        backend: What runs the LSTMs: native (our CPU kernels), torch, or auto, the kernels where they are and fit.
         overrides: Arguments of `SequencerConfig`.
 
     Raises:
-        ValueError: No such variant, no such argument, a value that does not fit the others, no published weights, or
-            weights of another architecture.
+        ValueError: No such variant, argument or backend, a value that does not fit the others, no published weights,
+            or weights of another architecture.
         FileNotFoundError: The weights are not there, or there is no network.
     """
     variant = get_variant(name)
@@ -246,6 +250,7 @@ def create_model(name: str, *, pretrained: bool | str | Path = False, **override
     if not isinstance(pretrained, bool | str | Path) or pretrained == "":
         raise ValueError(f"pretrained={pretrained!r} must be True, False, or say where weights are: {_PRETRAINED_FILE}")
     model = Sequencer2D(config)
+    set_backend(model, backend)
     model.default_cfg = model.pretrained_cfg = variant.default_cfg()
     if pretrained:
         source = PREFIX + variant.hub_id if pretrained is True else pretrained

@@ -104,8 +104,8 @@ class TrainConfig:
     """Refuse operations that give other digits when repeated; on a CPU there are none."""
     skip_nonfinite: int = 0
     """Updates of a run that may be skipped because their loss or gradient is no number; one more ends the run."""
-    backend: Literal["auto", "torch"] = "auto"
-    """Implementation of the LSTMs; there is one so far."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """What runs the LSTMs: our CPU kernels, PyTorch, or auto, the kernels where they are and fit."""
     seed: int = 0
     """Of the split, the initial weights, the order and the augmentation."""
     split_seed: int | None = None

@@ -205,7 +205,8 @@ class _Run:
 
     def create_model(self) -> Sequencer2D:
         pl.seed_everything(self.config.seed, verbose=False)  # the same weights on every rank
-        model = create_model(self.config.model, **{"num_classes": len(self.data.class_names), **self.config.model_args})
+        arguments = {"num_classes": len(self.data.class_names), **self.config.model_args}
+        model = create_model(self.config.model, backend=self.config.backend, **arguments)
         if model.config.num_classes != len(self.data.class_names):
             raise ValueError(
                 f"model_args.num_classes={model.config.num_classes}, but {self.data.name} has "

@@ -1,0 +1,12 @@
+"""The LSTMs of Sequencer on the CPU, in kernels of our own: all directions of a layer at once, fp32 and bf16.
+
+Where the package was installed without them, or a tensor is none of theirs, PyTorch's `nn.LSTM` computes the same.
+Modules: `library` finds the kernels, `op` makes them an operation of PyTorch, `weights` brings an LSTM's parameters
+into the order that they want, `layer` is what the model calls, `choice` decides when; `kernels/` is the C++.
+"""
+
+from sequencer2d.native.choice import Backend, backends, check_backend, serves
+from sequencer2d.native.layer import bilstm2d
+from sequencer2d.native.library import available
+
+__all__ = ["Backend", "available", "backends", "bilstm2d", "check_backend", "serves"]

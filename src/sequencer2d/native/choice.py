@@ -1,0 +1,116 @@
+"""Which implementation runs the LSTMs: the kernels, or PyTorch."""
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
+from torch.fx import Proxy
+
+from sequencer2d.native.library import Unavailable, has_threads, kernel, kernels
+
+log = logging.getLogger(__name__)
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has not got it
+
+CHOICES = ("auto", "native", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """One implementation of the LSTMs, on this machine."""
+
+    name: str
+    """What `create_model(..., backend=…)` calls it."""
+    available: bool
+    kernel: str | None
+    """The instruction set in use; PyTorch does not say."""
+    detail: str
+    """What else it could use, or why it is not available and what to do."""
+
+
+def backends() -> tuple[Backend, ...]:
+    """The implementations of the LSTMs: which are there, what they use, and why one is not there.
+
+    Example: `[backend.name for backend in backends() if backend.available]`
+    """
+    torchs = Backend(name="torch", available=True, kernel=None, detail=f"PyTorch {torch.__version__}, any device")
+    try:
+        threads = "PyTorch's threads" if has_threads() else "one thread, as PyTorch's OpenMP runtime was not found"
+        detail = f"CPU, fp32 and bf16, {threads}; runs here: {', '.join(kernels())}"
+        return torchs, Backend(name="native", available=True, kernel=kernel().name, detail=detail)
+    except Unavailable as error:
+        return torchs, Backend(name="native", available=False, kernel=None, detail=str(error))
+
+
+def check_backend(name: str) -> None:
+    """Checks a choice before it is made.
+
+    Raises:
+        ValueError: There is no such backend, or it cannot run here; the message says why and what to do.
+    """
+    if name not in CHOICES:
+        raise ValueError(f"backend={name!r} is unknown; there are {', '.join(CHOICES)}")
+    reason = _missing()
+    if name == "native" and reason:
+        raise ValueError(f"backend='native' is not available: {reason}")
+
+
+def serves(backend: str, x: Tensor | Proxy, *rnns: nn.Module) -> bool:
+    """Whether the kernels run these LSTMs on this input; else it is for PyTorch. Says once which it is.
+
+    Tracing always gets PyTorch's LSTMs, and so does exporting unless `native` is asked for: what comes out of them must
+    run without this package.
+
+    Raises:
+        Unavailable: `native` is asked for, and there are no kernels.
+    """
+    if backend == "torch" or not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return False
+    if torch.compiler.is_compiling():
+        if _is_exporting() and backend != "native":
+            return False
+        return not _missing() and not _unfit(x, rnns)
+    reason = _missing()
+    if reason and backend == "native":
+        raise Unavailable(f"backend='native' is not available: {reason}")
+    reason = reason or _unfit(x, rnns)
+    _say(reason)
+    return not reason
+
+
+@torch.compiler.assume_constant_result
+def _missing() -> str:
+    """Why there are no kernels at all; empty where there are."""
+    try:
+        kernel()
+    except Unavailable as error:
+        return str(error)
+    return ""
+
+
+def _unfit(x: Tensor, rnns: tuple[nn.Module, ...]) -> str:
+    """Why the kernels do not fit this call; empty where they do."""
+    if x.device.type != "cpu":
+        return f"tensors are on {x.device.type}"
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
+        return "torch.func transforms have no rule for the kernels"
+    for rnn in rnns:
+        if type(rnn) is not nn.LSTM or rnn.num_layers != 1 or rnn.proj_size or not rnn.bias:
+            return f"the cell is {type(rnn).__name__}, not a plain nn.LSTM of one layer"
+        if rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks:
+            return "hooks look into nn.LSTM"
+    if torch.is_autocast_enabled("cpu"):
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    else:
+        dtypes = {x.dtype, *(rnn.weight_hh_l0.dtype for rnn in rnns if isinstance(rnn, nn.LSTM))}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        return f"tensors are {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
+    return ""
+
+
+@cache
+def _say(reason: str) -> None:
+    log.info("LSTMs run in %s", f"PyTorch: {reason}" if reason else f"the CPU kernel {kernel().name}")

@@ -1,0 +1,49 @@
+// What Python and the kernels say to each other: plain pointers and numbers, so that no version of torch matters.
+//
+// Shapes: B batch, H rows, W columns, D hidden units per direction, N = B*H*W tokens, R directions in all:
+// first those that run along columns, then those along rows; forward comes before reverse. Tensors are contiguous;
+// "value" is float or bfloat16, by `type`.
+#pragma once
+
+#include <stdint.h>
+
+#define SEQUENCER2D_ABI 1 // one more with every change of this file
+
+enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
+
+enum Status { kDone = 0, kOutOfMemory = 1, kNoSuchKernel = 2 };
+
+struct Problem {
+    int64_t batch, height, width, hidden;
+    int32_t vertical, horizontal; // directions of each axis: 0, 1 or 2
+    int32_t type;                 // of the values
+    int32_t threads;              // at most so many
+};
+
+struct ForwardTensors {
+    const void* packed; // recurrent weights, as `pack` for the forward pass left them
+    void* gates;        // [N, R, 4, D] values, in: projected inputs with bias, in torch's order i f g o; out: see keep
+    void* cells;        // [N, R, D] values, out: cell states; null where they and the gates are not kept
+    void* y;            // [N, R, D] values, out: hidden states
+};
+
+struct BackwardTensors {
+    const void* packed;    // recurrent weights, as `pack` for the backward pass left them
+    const void* gates;     // [N, R, 4, D] values, after the activations
+    const void* cells;     // [N, R, D] values
+    const void* y;         // [N, R, D] values
+    const void* grad_y;    // [N, R, D] values
+    void* grad_gates;      // [N, R, 4, D] values, out: gradient of the gates before the activations
+    void* previous_hidden; // [R, N, D] values, out: the hidden state that each step started from
+    float* grad_bias;      // [R, 4, D], out: sum of grad_gates over the tokens
+};
+
+// One instruction set's implementation.
+struct Kernel {
+    const char* name;
+    bool (*runs_here)();                                                         // has this CPU the instructions?
+    int64_t (*packed_bytes)(const Problem&, bool backward);                      //
+    void (*pack)(const Problem&, bool backward, const void* w_hh, void* packed); // w_hh: [R, 4*D, D] values
+    int (*forward)(const Problem&, const ForwardTensors&);
+    int (*backward)(const Problem&, const BackwardTensors&);
+};

@@ -1,0 +1,69 @@
+// The library's entries. Which instruction sets are in it is the build's choice (SEQUENCER2D_HAS_...); which of them the
+// processor has is asked at run time; which one works is the caller's choice.
+#include "abi.h"
+#include "parallel.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern const Kernel kernel_portable, kernel_avx2, kernel_avx512, kernel_avx512_bf16;
+
+#ifdef SEQUENCER2D_HAS_AVX2
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+#if defined(SEQUENCER2D_HAS_AVX512) || defined(SEQUENCER2D_HAS_AVX512_BF16)
+bool runs_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+#ifdef SEQUENCER2D_HAS_AVX512_BF16
+bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+static const Kernel* const kernels[] = { // the fastest last
+    &kernel_portable,
+#ifdef SEQUENCER2D_HAS_AVX2
+    &kernel_avx2,
+#endif
+#ifdef SEQUENCER2D_HAS_AVX512
+    &kernel_avx512,
+#endif
+#ifdef SEQUENCER2D_HAS_AVX512_BF16
+    &kernel_avx512_bf16,
+#endif
+};
+
+static const int count = sizeof kernels / sizeof *kernels;
+
+EXPORT int sequencer2d_abi() { return SEQUENCER2D_ABI; }
+
+EXPORT int sequencer2d_has_threads() { return has_threads(); }
+
+// Name of a kernel, counted from 0; null after the last.
+EXPORT const char* sequencer2d_kernel_name(int kernel) {
+    return kernel >= 0 && kernel < count ? kernels[kernel]->name : nullptr;
+}
+
+EXPORT int sequencer2d_kernel_runs_here(int kernel) {
+    return kernel >= 0 && kernel < count && kernels[kernel]->runs_here();
+}
+
+EXPORT int64_t sequencer2d_packed_bytes(int kernel, const Problem* problem, int backward) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->packed_bytes(*problem, backward) : -1;
+}
+
+EXPORT int sequencer2d_pack(int kernel, const Problem* problem, int backward, const void* w_hh, void* packed) {
+    if (!sequencer2d_kernel_runs_here(kernel)) return kNoSuchKernel;
+    kernels[kernel]->pack(*problem, backward, w_hh, packed);
+    return kDone;
+}
+
+EXPORT int sequencer2d_forward(int kernel, const Problem* problem, const ForwardTensors* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->forward(*problem, *tensors) : kNoSuchKernel;
+}
+
+EXPORT int sequencer2d_backward(int kernel, const Problem* problem, const BackwardTensors* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->backward(*problem, *tensors) : kNoSuchKernel;
+}

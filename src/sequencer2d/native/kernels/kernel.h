@@ -1,0 +1,63 @@
+// All of one instruction set, behind the table that dispatch.cpp chooses from. Everything else is local to the file
+// that includes this: code that was compiled for one processor must never stand in for that of another.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace {
+
+template <class Value, class Dot>
+struct Typed {
+    static int64_t packed_bytes(const Problem& problem, bool backward) {
+        const Packing<Dot> packing(problem.hidden);
+        const int64_t elements = backward ? packing.backward_elements() : packing.forward_elements();
+        return directions(problem) * elements * static_cast<int64_t>(sizeof(typename Dot::Element));
+    }
+
+    static void pack(const Problem& problem, bool backward, const void* w_hh, void* packed) {
+        const Packing<Dot> packing(problem.hidden);
+        const Value* w = static_cast<const Value*>(w_hh);
+        auto* out = static_cast<typename Dot::Element*>(packed);
+        for (int direction = 0; direction < directions(problem); ++direction, w += 4 * packing.D * packing.D) {
+            if (backward)
+                packing.pack_backward(w, out + direction * packing.backward_elements());
+            else
+                packing.pack_forward(w, out + direction * packing.forward_elements());
+        }
+    }
+
+    static int forward(const Problem& problem, const ForwardTensors& tensors) {
+        return Forward<Value, Dot>(problem, tensors).run();
+    }
+
+    static int backward(const Problem& problem, const BackwardTensors& tensors) {
+        return Backward<Value, Dot>(problem, tensors).run();
+    }
+};
+
+using Floats32 = Typed<float, FloatDot>;
+using BFloats16 = Typed<bfloat16, BFloat16Dot>;
+
+inline bool is_float(const Problem& problem) { return problem.type == kFloat32; }
+
+constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
+    return {
+        name,
+        runs_here,
+        [](const Problem& p, bool backward) {
+            return is_float(p) ? Floats32::packed_bytes(p, backward) : BFloats16::packed_bytes(p, backward);
+        },
+        [](const Problem& p, bool backward, const void* w_hh, void* packed) {
+            is_float(p) ? Floats32::pack(p, backward, w_hh, packed) : BFloats16::pack(p, backward, w_hh, packed);
+        },
+        [](const Problem& p, const ForwardTensors& t) {
+            return is_float(p) ? Floats32::forward(p, t) : BFloats16::forward(p, t);
+        },
+        [](const Problem& p, const BackwardTensors& t) {
+            return is_float(p) ? Floats32::backward(p, t) : BFloats16::backward(p, t);
+        },
+    };
+}
+
+} // namespace

@@ -1,0 +1,81 @@
+// Four floats in the vector types of GCC and Clang: any processor.
+//
+// Every vector_*.h defines the same names:
+//   Vec                          `lanes` floats; operators + - * and those below
+//   load, store                  `count` values, float or bfloat16; lanes beyond are 0, or not written; count == lanes
+//                                is what compilers should specialise for
+//   multiply_add(a, b, c)        a * b + c
+//   clamp(x, low, high)          NaN stays NaN
+//   reciprocal<Exact>(x)         1 / x for |x| in [1, 1e38]; not exact: to about bfloat16
+//   nearest(x), power_of_two(n)  rounding, and 2^n for a whole n in [-126, 126]
+//   kForwardSequences, kBackwardSequences, kBackwardBlocks: what fits the registers
+//   BFloat16Dot                  how bfloat16 matrices are multiplied (dot.h)
+#pragma once
+
+#include "bfloat16.h"
+
+namespace {
+
+constexpr int kForwardSequences = 2;
+constexpr int kBackwardSequences = 4;
+constexpr int kBackwardBlocks = 2;
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef int32_t Flags __attribute__((vector_size(16)));
+
+struct Vec {
+    static constexpr int lanes = 4;
+    Floats v;
+    static Vec broadcast(float x) { return {Floats{x, x, x, x}}; }
+};
+
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+
+template <class Value>
+inline Vec load(const Value* p, int count) {
+    Vec x = Vec::broadcast(0);
+    for (int i = 0; i < count; ++i) x.v[i] = to_float(p[i]);
+    return x;
+}
+
+template <class Value>
+inline void store(Value* p, Vec x, int count) {
+    for (int i = 0; i < count; ++i) p[i] = from_float<Value>(x.v[i]);
+}
+
+inline Floats choose(Flags flags, Floats a, Floats b) {
+    return (Floats)(((Bits)flags & (Bits)a) | (~(Bits)flags & (Bits)b));
+}
+
+inline Vec clamp(Vec x, float low, float high) {
+    const Floats lows = Vec::broadcast(low).v, highs = Vec::broadcast(high).v;
+    x.v = choose(x.v < lows, lows, x.v);
+    return {choose(x.v > highs, highs, x.v)};
+}
+
+template <bool Exact>
+inline Vec reciprocal(Vec x) {
+    return {Vec::broadcast(1).v / x.v};
+}
+
+// Adding 1.5 * 2^23 leaves no room for a fraction; the whole part is then in the lowest bits.
+constexpr float kNoFraction = 12582912.0f;
+
+inline Vec nearest(Vec x) { return x + Vec::broadcast(kNoFraction) - Vec::broadcast(kNoFraction); }
+
+inline Vec power_of_two(Vec n) {
+    const Bits whole = (Bits)(n + Vec::broadcast(kNoFraction + 127)).v;
+    return {(Floats)(whole << 23)};
+}
+
+} // namespace
+
+#include "dot.h"
+
+namespace {
+using BFloat16Dot = FloatDot;
+}

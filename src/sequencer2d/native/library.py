@@ -1,0 +1,168 @@
+"""Finds the compiled kernels and picks the one for this processor. What the numbers mean stands in `kernels/abi.h`."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch  # first: the kernels share the OpenMP runtime that it brings
+from torch import Tensor
+
+PATH = Path(__file__).with_name("_kernels.so")
+VARIABLE = "SEQUENCER2D_KERNEL"
+"""Environment variable that names the kernel to use instead of the fastest: portable, avx2, avx512 or avx512_bf16."""
+
+_ABI = 1
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Unavailable(RuntimeError):
+    """The kernels are not there, or not the one asked for; the message says why and what to do."""
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "hidden")),
+        *((name, ctypes.c_int32) for name in ("vertical", "horizontal", "type", "threads")),
+    ]
+
+
+class _ForwardTensors(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "gates", "cells", "y")]
+
+
+class _BackwardTensors(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("packed", "gates", "cells", "y", "grad_y", "grad_gates", "previous_hidden", "grad_bias")
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of one call: `[B, H, W]` tokens, hidden units, and how many directions run along columns and along rows."""
+
+    batch: int
+    height: int
+    width: int
+    hidden: int
+    vertical: int
+    horizontal: int
+
+    @property
+    def directions(self) -> int:
+        return self.vertical + self.horizontal
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One instruction set's implementation. Tensors are contiguous, of one dtype, and as `kernels/abi.h` says."""
+
+    name: str
+    number: int
+    library: Any
+
+    def pack(self, shape: Shape, w_hh: Tensor, *, backward: bool) -> Tensor:
+        """Recurrent weights `[R, 4·D, D]` in the order of the forward or the backward pass, as bytes."""
+        problem = _problem(shape, w_hh.dtype)
+        size = self.library.sequencer2d_packed_bytes(self.number, ctypes.byref(problem), backward)
+        packed = torch.empty(size, dtype=torch.uint8, device="cpu")
+        arguments = (ctypes.byref(problem), int(backward), w_hh.data_ptr(), packed.data_ptr())
+        _check(self.library.sequencer2d_pack(self.number, *arguments))
+        return packed
+
+    def forward(self, shape: Shape, packed: Tensor, gates: Tensor, cells: Tensor | None, y: Tensor) -> None:
+        """Fills `y`, and with `cells` given also those and the gates after their activations."""
+        problem = _problem(shape, y.dtype)
+        tensors = _ForwardTensors(*map(_pointer, (packed, gates, cells, y)))
+        _check(self.library.sequencer2d_forward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
+
+    def backward(self, shape: Shape, *tensors: Tensor) -> None:
+        """Fills the last three: gradient of the gates, previous hidden states, gradient of the bias (fp32)."""
+        problem = _problem(shape, tensors[-2].dtype)
+        pointers = _BackwardTensors(*map(_pointer, tensors))
+        _check(self.library.sequencer2d_backward(self.number, ctypes.byref(problem), ctypes.byref(pointers)))
+
+
+def _problem(shape: Shape, dtype: torch.dtype) -> _Problem:
+    sizes = (shape.batch, shape.height, shape.width, shape.hidden, shape.vertical, shape.horizontal)
+    return _Problem(*sizes, _TYPES[dtype], torch.get_num_threads())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(status: int) -> None:
+    if status == 1:
+        raise MemoryError("no memory for the LSTM kernel's working space; make the batch smaller")
+    assert status == 0, status
+
+
+@cache
+def kernels() -> dict[str, Kernel]:
+    """The kernels that this processor can run, the fastest last.
+
+    Raises:
+        Unavailable: The package was installed without kernels, or they do not load.
+    """
+    if not PATH.exists():
+        raise Unavailable(
+            "sequencer2d was installed without its CPU kernels, because there was no C++ compiler or "
+            "SEQUENCER2D_NO_NATIVE was set; install g++ or clang and reinstall sequencer2d, or use backend='torch'"
+        )
+    _expose_openmp()
+    try:
+        library = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        raise Unavailable(f"{PATH} does not load ({error}); reinstall sequencer2d, or use backend='torch'") from error
+    if library.sequencer2d_abi() != _ABI:
+        raise Unavailable(f"{PATH} is of another version of sequencer2d; reinstall it, or use backend='torch'")
+    library.sequencer2d_kernel_name.restype = ctypes.c_char_p
+    library.sequencer2d_packed_bytes.restype = ctypes.c_int64
+    library.sequencer2d_pack.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    found, number = {}, 0
+    while name := library.sequencer2d_kernel_name(number):
+        if library.sequencer2d_kernel_runs_here(number):
+            found[name.decode()] = Kernel(name.decode(), number, library)
+        number += 1
+    return found
+
+
+def _expose_openmp() -> None:
+    """Makes the runtime that torch has loaded visible, where torch has not done so itself."""
+    program = ctypes.CDLL(None)
+    if not hasattr(program, "GOMP_parallel"):
+        folder = Path(torch.__file__).parent
+        for path in sorted((*folder.glob("lib/lib*omp*.so*"), *folder.parent.glob("torch.libs/lib*omp*.so*"))):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+@cache
+def kernel() -> Kernel:
+    """The kernel that runs: the fastest, or the one that the environment variable names. Decided once.
+
+    Raises:
+        Unavailable: There are no kernels, or not that one.
+    """
+    found = kernels()
+    name = os.environ.get(VARIABLE) or [*found][-1]
+    if name not in found:
+        raise Unavailable(f"{VARIABLE}={name}: the kernels that run on this processor are {', '.join(found)}")
+    return found[name]
+
+
+def available() -> bool:
+    """Whether the kernels can run on this machine."""
+    try:
+        kernel()
+    except Unavailable:
+        return False
+    return True
+
+
+def has_threads() -> bool:
+    """Whether the kernels have found torch's OpenMP runtime; else they run on one thread."""
+    return bool(kernel().library.sequencer2d_has_threads())

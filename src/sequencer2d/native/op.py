@@ -1,0 +1,161 @@
+"""The operation `sequencer2d::bilstm2d`, as PyTorch's dispatcher, autograd, autocast and compilers know it.
+
+Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size, `R` directions in all: first those along
+columns (down, up), then those along rows (right, left); `N = B·H·W` tokens. Gates are in PyTorch's order i, f, g, o.
+
+The input projections of all directions are one matrix product of ATen's; the recurrence is the kernels'.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from sequencer2d.native.library import Shape, kernel
+
+
+def shape_of(x: Tensor, directions: int, hidden: int, vertical: int) -> Shape:
+    """Of a call with `[B, H, W, C]` tokens."""
+    B, H, W, _ = x.shape
+    return Shape(batch=B, height=H, width=W, hidden=hidden, vertical=vertical, horizontal=directions - vertical)
+
+
+def _checked_shape(x: Tensor, w_ih: Tensor, w_hh: Tensor, vertical: int, *others: Tensor) -> Shape:
+    """Of a call whose tensors fit each other, as the kernels take them on trust.
+
+    Raises:
+        ValueError: They do not; of `others` only the dtype is looked at.
+    """
+    R, gates, D = w_hh.shape if w_hh.ndim == 3 else (0, 0, 0)
+    if gates != 4 * D or x.ndim != 4 or w_ih.shape != (R * gates, x.shape[-1]):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, w_ih, w_hh))
+        raise ValueError(f"x, w_ih and w_hh have shapes {shapes}; they must be [B, H, W, C], [R·4·D, C], [R, 4·D, D]")
+    if not (0 <= vertical <= 2 and R > 0 and 0 <= R - vertical <= 2):
+        raise ValueError(f"vertical={vertical} of {R} directions: each axis has at most 2")
+    dtypes = {tensor.dtype for tensor in (x, w_ih, w_hh, *others)}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        raise ValueError(f"tensors must all be fp32 or all bf16, not {', '.join(sorted(map(str, dtypes)))}")
+    return shape_of(x, R, D, vertical)
+
+
+def run_forward(
+    x: Tensor, w_ih: Tensor, packed: Tensor, bias: Tensor, shape: Shape, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states `[B, H, W, R·D]`; gates `[N, R·4·D]` and cells `[N, R·D]`, empty where they are not kept.
+
+    `packed` are the recurrent weights as `Kernel.pack` leaves them for the forward pass.
+    """
+    y = x.new_empty(*x.shape[:3], shape.directions * shape.hidden)
+    if y.numel() == 0:
+        return y, x.new_empty(0), x.new_empty(0)
+    gates = F.linear(x.reshape(-1, x.shape[3]), w_ih, bias)
+    cells = y.new_empty(gates.shape[0], y.shape[3]) if keep else None
+    kernel().forward(shape, packed, gates, cells, y)
+    return (y, gates, cells) if cells is not None else (y, x.new_empty(0), x.new_empty(0))
+
+
+@torch.library.custom_op("sequencer2d::bilstm2d", mutates_args=(), device_types="cpu")
+def bilstm2d(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, vertical: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All LSTMs of a layer.
+
+    Args:
+        x: Tokens `[B, H, W, C]`, fp32 or bf16.
+        w_ih: Input weights of all directions `[R·4·D, C]`.
+        w_hh: Recurrent weights `[R, 4·D, D]`.
+        bias: Sum of both biases `[R·4·D]`.
+        vertical: How many of the directions run along columns.
+        keep: Keep what the gradient needs.
+
+    Returns:
+        Hidden states `[B, H, W, R·D]`; gates and cells for the backward pass, empty where they are not kept.
+    """
+    shape = _checked_shape(x, w_ih, w_hh, vertical, bias)
+    packed = kernel().pack(shape, w_hh.contiguous(), backward=False)
+    return run_forward(x, w_ih, packed, bias, shape, keep)
+
+
+@bilstm2d.register_fake
+def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, vertical: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, W, _ = x.shape
+    R, D = w_hh.shape[0], w_hh.shape[2]
+    y = x.new_empty(B, H, W, R * D)
+    if not keep:
+        return y, x.new_empty(0), x.new_empty(0)
+    return y, x.new_empty(B * H * W, R * 4 * D), x.new_empty(B * H * W, R * D)
+
+
+@torch.library.custom_op("sequencer2d::bilstm2d_backward", mutates_args=(), device_types="cpu")
+def bilstm2d_backward(
+    grad_y: Tensor, x: Tensor, w_ih: Tensor, w_hh: Tensor, y: Tensor, gates: Tensor, cells: Tensor, vertical: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `x`, `w_ih`, `w_hh` and `bias`, from that of `y` and what `bilstm2d` kept."""
+    shape = _checked_shape(x, w_ih, w_hh, vertical, grad_y, y, gates, cells)
+    if y.numel() == 0:
+        return x.new_zeros(x.shape), torch.zeros_like(w_ih), torch.zeros_like(w_hh), w_ih.new_zeros(w_ih.shape[0])
+    if gates.shape != (y.numel() // y.shape[3], w_ih.shape[0]) or cells.numel() != y.numel() or grad_y.shape != y.shape:
+        raise ValueError("gates and cells are not those that bilstm2d kept for this output (keep=True)")
+    packed = kernel().pack(shape, w_hh.contiguous(), backward=True)
+    grad_gates = torch.empty_like(gates)
+    previous = y.new_empty(shape.directions, gates.shape[0], shape.hidden)  # hidden states that each step started from
+    grad_bias = x.new_empty(w_ih.shape[0], dtype=torch.float32)
+    kernel().backward(shape, packed, gates, cells, y, grad_y.contiguous(), grad_gates, previous, grad_bias)
+    by_direction = zip(previous, grad_gates.chunk(shape.directions, dim=1), strict=True)
+    grad_w_hh = [(hidden.t() @ of_gates).t() for hidden, of_gates in by_direction]  # faster than the other way round
+    return (
+        (grad_gates @ w_ih).reshape(x.shape),
+        grad_gates.t() @ x.reshape(-1, x.shape[3]),
+        torch.stack(grad_w_hh),
+        grad_bias.to(w_ih.dtype),
+    )
+
+
+@bilstm2d_backward.register_fake
+def _(
+    grad_y: Tensor, x: Tensor, w_ih: Tensor, w_hh: Tensor, y: Tensor, gates: Tensor, cells: Tensor, vertical: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_x = x.new_empty(x.shape)
+    return grad_x, w_ih.new_empty(w_ih.shape), w_hh.new_empty(w_hh.shape), w_ih.new_empty(w_ih.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, w_ih, w_hh, _, vertical, keep = inputs
+    y, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, w_ih, w_hh, y, gates, cells)
+    ctx.vertical, ctx.keep = vertical, keep
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return None, None, None, None, None, None
+    if not ctx.keep:
+        raise RuntimeError("sequencer2d::bilstm2d was called with keep=False, so it has no gradient; pass keep=True")
+    x, w_ih, w_hh, y, gates, cells = ctx.saved_tensors
+    gradients = torch.ops.sequencer2d.bilstm2d_backward(grad_y, x, w_ih, w_hh, y, gates, cells, ctx.vertical)
+    return *gradients, None, None
+
+
+def _no_double_backward(ctx: Any, *_: Any) -> None:
+    raise RuntimeError("the CPU kernels have no second derivatives; call sequencer2d.set_backend(model, 'torch') first")
+
+
+bilstm2d.register_autograd(_backward, setup_context=_setup_context)
+bilstm2d_backward.register_autograd(_no_double_backward)
+bilstm2d.register_autocast("cpu", torch.bfloat16)
+
+
+@register_flop_formula(torch.ops.sequencer2d.bilstm2d)
+def _forward_flops(x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    B, H, W, C = x
+    R, gates, D = w_hh
+    return 2 * B * H * W * R * gates * (C + D)
+
+
+@register_flop_formula(torch.ops.sequencer2d.bilstm2d_backward)
+def _backward_flops(grad_y: Any, x: Any, w_ih: Any, w_hh: Any, *_: Any, **__: Any) -> int:
+    return 2 * _forward_flops(x, w_ih, w_hh)

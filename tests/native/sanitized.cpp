@@ -1,0 +1,119 @@
+// Calls every kernel of the library named by the first argument, on memory of exactly the size that it may touch, and
+// compares with the portable kernel. For builds with sanitizers: test_sanitized.py.
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "abi.h"
+
+template <class Function>
+Function* symbol(void* library, const char* name) {
+    void* found = dlsym(library, name);
+    if (!found) std::printf("no %s\n", name), std::exit(1);
+    return reinterpret_cast<Function*>(found);
+}
+
+struct Memory { // of values of one type
+    int type;
+    std::vector<char> bytes;
+    Memory(int type, int64_t count) : type(type), bytes(static_cast<size_t>(count * (type == kFloat32 ? 4 : 2))) {}
+    void set(size_t i, float x) {
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        if (type == kFloat32) return void(std::memcpy(&bytes[4 * i], &x, 4));
+        const uint16_t upper = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(&bytes[2 * i], &upper, 2);
+    }
+    float get(size_t i) const {
+        float x;
+        uint32_t bits = 0;
+        uint16_t upper;
+        if (type == kFloat32) return std::memcpy(&x, &bytes[4 * i], 4), x;
+        std::memcpy(&upper, &bytes[2 * i], 2);
+        bits = static_cast<uint32_t>(upper) << 16;
+        return std::memcpy(&x, &bits, 4), x;
+    }
+    size_t count() const { return bytes.size() / (type == kFloat32 ? 4 : 2); }
+    void fill(float scale, unsigned seed) {
+        std::mt19937 random(seed);
+        for (size_t i = 0; i < count(); ++i) set(i, scale * (static_cast<float>(random() % 2001) / 1000.0f - 1));
+    }
+};
+
+static int failures = 0;
+
+static void compare(const char* what, const char* kernel, const Memory& ours, const Memory& theirs, float tolerance) {
+    for (size_t i = 0; i < ours.count(); ++i) {
+        const float a = ours.get(i), b = theirs.get(i);
+        if (!(std::fabs(a - b) <= tolerance * (1 + std::fabs(b)))) {
+            std::printf("%s of %s: %g instead of %g at %zu\n", what, kernel, a, b, i);
+            ++failures;
+            return;
+        }
+    }
+}
+
+int main(int, char** arguments) {
+    void* library = dlopen(arguments[1], RTLD_NOW);
+    if (!library) return std::printf("%s\n", dlerror()), 1;
+    auto* name = symbol<const char*(int)>(library, "sequencer2d_kernel_name");
+    auto* runs_here = symbol<int(int)>(library, "sequencer2d_kernel_runs_here");
+    auto* packed_bytes = symbol<int64_t(int, const Problem*, int)>(library, "sequencer2d_packed_bytes");
+    auto* pack = symbol<int(int, const Problem*, int, const void*, void*)>(library, "sequencer2d_pack");
+    auto* forward = symbol<int(int, const Problem*, const ForwardTensors*)>(library, "sequencer2d_forward");
+    auto* backward = symbol<int(int, const Problem*, const BackwardTensors*)>(library, "sequencer2d_backward");
+    const int64_t shapes[][6] = {// B, H, W, D, directions along columns, along rows
+                                 {1, 1, 1, 1, 2, 2},  {2, 3, 5, 7, 2, 2},  {3, 7, 4, 16, 1, 1}, {1, 9, 31, 17, 2, 0},
+                                 {5, 6, 5, 24, 0, 2}, {2, 4, 26, 49, 2, 2}, {0, 3, 3, 5, 2, 2},  {1, 50, 3, 33, 0, 1}};
+    for (const auto& s : shapes)
+        for (const int type : {kFloat32, kBFloat16})
+            for (const float scale : {1.0f, 1e4f})
+                for (const int threads : {1, 3}) {
+                    const Problem problem{s[0], s[1], s[2], s[3], int32_t(s[4]), int32_t(s[5]), type, threads};
+                    const int64_t R = s[4] + s[5], D = s[3], values = s[0] * s[1] * s[2] * R * D;
+                    Memory w(type, R * 4 * D * D), projected(type, 4 * values), grad_y(type, values);
+                    w.fill(0.3f, 1), projected.fill(scale, 2), grad_y.fill(1, 3);
+                    const float tolerance = type == kFloat32 ? 1e-4f : 5e-2f;
+                    std::vector<Memory> first;
+                    for (int k = 0; name(k); ++k) {
+                        if (!runs_here(k)) continue;
+                        std::vector<char> to_front(static_cast<size_t>(packed_bytes(k, &problem, 0)));
+                        std::vector<char> to_back(static_cast<size_t>(packed_bytes(k, &problem, 1)));
+                        Memory gates = projected, unkept = projected, cells(type, values), y(type, values);
+                        Memory only(type, values), grad_gates(type, 4 * values), previous(type, values);
+                        Memory bias(kFloat32, R * 4 * D);
+                        int status = pack(k, &problem, 0, w.bytes.data(), to_front.data());
+                        status |= pack(k, &problem, 1, w.bytes.data(), to_back.data());
+                        const ForwardTensors in{to_front.data(), unkept.bytes.data(), nullptr, only.bytes.data()};
+                        status |= forward(k, &problem, &in);
+                        const ForwardTensors kept{to_front.data(), gates.bytes.data(), cells.bytes.data(), y.bytes.data()};
+                        status |= forward(k, &problem, &kept);
+                        const BackwardTensors back{to_back.data(),
+                                                   gates.bytes.data(),
+                                                   cells.bytes.data(),
+                                                   y.bytes.data(),
+                                                   grad_y.bytes.data(),
+                                                   grad_gates.bytes.data(),
+                                                   previous.bytes.data(),
+                                                   reinterpret_cast<float*>(bias.bytes.data())};
+                        status |= backward(k, &problem, &back);
+                        if (status) std::printf("%s: status %d\n", name(k), status), ++failures;
+                        if (first.empty()) first = {y, only, cells, grad_gates, previous, bias};
+                        compare("output", name(k), y, first[0], tolerance);
+                        compare("output without gradients", name(k), only, y, tolerance);
+                        compare("cells", name(k), cells, first[2], tolerance);
+                        compare("gradient of gates", name(k), grad_gates, first[3], tolerance);
+                        compare("previous hidden states", name(k), previous, first[4], tolerance);
+                        compare("gradient of the bias", name(k), bias, first[5], tolerance);
+                    }
+                }
+    for (int k = 0; name(k); ++k)
+        if (runs_here(k)) std::printf("%s ", name(k));
+    std::printf("%s\n", failures ? "differ" : "as they should be");
+    return failures != 0;
+}
