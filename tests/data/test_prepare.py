@@ -12,6 +12,7 @@ import tarfile
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +41,7 @@ from sequencer2d.cli import DONE, WRONG_INPUT, main
 from sequencer2d.data import layouts
 from sequencer2d.data.archives import ArchiveError
 from sequencer2d.data.catalog import load_data, split_names
-from sequencer2d.data.prepare import prepare
+from sequencer2d.data.prepare import LAYOUTS, prepare
 
 
 @pytest.fixture
@@ -304,6 +305,26 @@ def test_folder_that_changes_while_it_is_read(change: str, tmp_path: Path) -> No
 
     with pytest.raises(ValueError, match=rf"{source}.*: changed while it was read; run again"):
         prepare("pets", tmp_path / "data", source, progress=meddle)
+    assert snapshot(tmp_path / "data") == {}
+
+
+@pytest.mark.parametrize("gone", ["train/cat", "val/dog/*.jpg"])
+def test_a_file_system_that_loses_something(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that takes the classes `cat` and `Cat` for the same folder."""
+
+    def lay_out(job: layouts.Job) -> layouts.Layout:
+        layout = layouts.lay_out_folder(job)
+        lost = next(job.tree.glob(gone))
+        if lost.is_dir():
+            shutil.rmtree(lost)
+            return replace(layout, num_images={"train": 4, "val": 4})  # else the counts differ, too
+        lost.unlink()
+        return layout
+
+    monkeypatch.setitem(LAYOUTS, "tiny-imagenet", lay_out)
+    source = write_files(tmp_path / "source", folder_files())
+    with pytest.raises(AssertionError):
+        prepare("tiny-imagenet", tmp_path / "data", source, val_fraction=0.34)
     assert snapshot(tmp_path / "data") == {}
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batches import PREPROCESSING, assert_same, epoch, random_transform
+from buckets import bucket, upload
 from flaky import FlakyServer, flaky_server
 from sequencer2d.data import fetch, loaders
 from sequencer2d.data.catalog import load_data
@@ -362,24 +362,8 @@ def test_workers_leave_the_garbage_of_the_main_process_alone(root: Path, tmp_pat
 @pytest.fixture
 def s3(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The shards in a bucket of an S3-compatible server."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        boto3: Any = pytest.importorskip("boto3", reason="the extra shards is not installed")
-        moto: Any = pytest.importorskip("moto.server", reason="moto, the S3-compatible server, is not installed")
-    store = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    store.start()
-    host, port = store.get_host_and_port()
-    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}
-    for name, value in {**settings, "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    fetch._s3_client.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="images")
-    for path in (root / "shards").iterdir():
-        client.upload_file(str(path), "images", f"numbered/{path.name}")
-    yield "s3://images/numbered"
-    fetch._s3_client.cache_clear()
-    store.stop()
+    with bucket(monkeypatch) as client:
+        yield upload(client, root / "shards", "numbered")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of moto's server
