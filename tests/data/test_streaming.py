@@ -122,14 +122,15 @@ def test_the_ranks_share_an_epoch_without_repetition_and_as_many_batches_as_one_
     images = imagined(sizes)
     if len(images) < world_size:
         return
+    num_batches = max(1, len(images) // max(batch_size, world_size))
     shares = []
     for rank in range(world_size):
         batches = StreamedBatches(images, batch_size, seed, rank=rank, world_size=world_size)
         batches.set_epoch(number)
-        assert len(batches) == max(1, len(images) // max(batch_size, world_size))
+        assert len(batches) == num_batches
         shares.append([index for index, _ in batches.order()])
-        assert len(shares[-1]) % len(batches) == 0
-    counts = [len(share) // len(batches) for share in shares]
+        assert len(shares[-1]) % num_batches == 0
+    counts = [len(share) // num_batches for share in shares]
     assert sum(counts) == min(max(batch_size, world_size), len(images))
     assert max(counts) - min(counts) <= 1
     seen = [index for share in shares for index in share]
