@@ -200,6 +200,14 @@ def test_tiny_imagenet_that_lacks_something(gone: str, added: str, message: str,
     assert snapshot(tmp_path / "data") == {}
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tiny_imagenet_by_another_name(zipped: bool, tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "t.zip", tiny_files()) if zipped else write_files(tmp_path / "t", tiny_files())
+    source = source if zipped else source / "tiny-imagenet-200"
+    with pytest.raises(ValueError, match=rf"^{source}: Tiny-ImageNet .* by its name, tiny-imagenet"):
+        prepare("tiny", tmp_path / "data", source)
+
+
 def test_tiny_imagenet_whose_val_lacks_a_class(tmp_path: Path) -> None:
     files, annotations = tiny_files(), "tiny-imagenet-200/val/val_annotations.txt"
     lines = files[annotations].splitlines(keepends=True)
