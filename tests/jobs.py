@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def training_step(self, *arguments):
         done.touch()
         os.kill(os.getpid(), number)
     seen += 1
+    with open(f"{done}-seen-{rank}", "a") as file:
+        print(self.current_epoch, *arguments[0].indices.tolist(), file=file)
     return original(self, *arguments)
 
 SequencerTask.training_step = training_step
@@ -66,6 +69,7 @@ class Job:
         self.environment = {**os.environ, "VICTIM": str(victim), "OMP_NUM_THREADS": "1"}
         self.ranks = ranks
         self.of_rank = {"torchrun": self.by_torchrun, "slurm": self.by_slurm}[launcher]
+        self.folder = folder
 
     def start(self) -> "list[subprocess.Popen[str]]":
         port = free_port()
@@ -79,6 +83,15 @@ class Job:
             )
             for rank in range(self.ranks)
         ]
+
+    def seen(self) -> list[Counter[int]]:
+        """How often all ranks together have trained on each image, by its index, in each epoch."""
+        files = sorted(self.folder.glob("killed-seen-*"))
+        rows = [tuple(map(int, line.split())) for file in files for line in file.read_text().splitlines()]
+        counts = [Counter[int]() for _ in range(1 + max(epoch for epoch, *_ in rows))]
+        for epoch, *indices in rows:
+            counts[epoch].update(indices)
+        return counts
 
     def by_slurm(self, rank: int, port: int) -> dict[str, str]:
         """What `srun` tells a task."""

@@ -32,6 +32,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_place_that_takes_no_file_is_named_as_the_user_named_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        write_atomic(tmp_path / "nowhere" / "a.json", b"new")
+    assert error.value.filename == str(tmp_path / "nowhere" / "a.json")
+
+
 def test_a_new_file_appears_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
     sync = os.fsync

@@ -22,7 +22,11 @@ def atomic_file(path: Path) -> Iterator[BufferedWriter]:
     Raises:
         OSError: As `open` and `write` do; after this or any other exception what was at `path` before is untouched.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        error.filename = str(path)  # the user knows of no other
+        raise
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from batches import assert_same, epoch, random_transform
+from buckets import bucket, upload
 from flaky import FlakyServer, flaky_server
 from sequencer2d.data import fetch
 from sequencer2d.data.catalog import load_data
@@ -256,20 +257,88 @@ def test_a_label_that_training_does_not_know(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def larger(content: bytes) -> bytes:
+    return content + bytes(512)
+
+
+def in_another_place(content: bytes) -> bytes:
+    return content[512:] + bytes(512)
+
+
 @pytest.mark.parametrize("remote", [False, True])
-def test_a_file_that_changed_after_it_was_listed_is_named(remote: bool, tmp_path: Path, server: FlakyServer) -> None:
+@pytest.mark.parametrize("change", [larger, in_another_place])
+def test_a_file_that_changed_after_it_was_listed_is_named_and_listed_anew(
+    change: Callable[[bytes], bytes], remote: bool, tmp_path: Path, server: FlakyServer, cache: Path
+) -> None:
     root = write_set(tmp_path / "set")
-    images = load(f"{server.url}/set/shard-{{000..002}}.tar" if remote else root).train
+    name = f"{server.url}/set/shard-{{000..002}}.tar" if remote else str(root)
+    images = load(name).train
     assert isinstance(images, ShardImages)
-    assert len(images.read_shard(1)) == (root / "shard-001.tar").stat().st_size
     path = root / "shard-001.tar"
-    content = path.read_bytes()
-    path.write_bytes(content[512:] + bytes(512))  # everything in another place
-    with pytest.raises(ShardError, match=r"shard-001.tar.*remove .*\.json and run again"):
+    assert len(images.read_shard(1)) == path.stat().st_size
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ShardError, match=r"shard-001.tar.*: changed .*; its list, .*\.json, is removed: run again"):
         images.read_shard(1)
-    path.write_bytes(content + bytes(512))
-    with pytest.raises(ShardError, match=r"shard-001.tar: [\d,]+ bytes, where its list says"):
+    assert list(cache.rglob("*.json")) == []
+    check_images(load(name))
+
+
+def test_one_image_of_a_file_that_changed(tmp_path: Path, server: FlakyServer) -> None:
+    root = write_set(tmp_path / "set")
+    images = load(f"{server.url}/set/shard-{{000..002}}.tar").train
+    for path in root.iterdir():
+        path.write_bytes(larger(path.read_bytes()))
+    with pytest.raises(ShardError, match=r"shard-00.\.tar: changed since it was listed"):
+        images.image(0)
+
+
+def test_a_list_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_set(tmp_path / "set")
+    images = load(root).train
+    assert isinstance(images, ShardImages)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    (root / "shard-001.tar").write_bytes(bytes(512))
+    with pytest.raises(ShardError, match=r"remove .*\.json \(Permission denied\), and run again"):
         images.read_shard(1)
+
+
+def test_a_pattern_of_a_command_waits_little_for_a_list_that_others_do_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "PATIENCE", Patience(first_delay_s=0.01))
+    root, asked = write_set(tmp_path / "set"), tmp_path / "asked"
+    (tmp_path / "get").write_text(f'echo "$1" >> {asked}; cat "$1"')
+    for _ in range(2):
+        check_images(load(f"pipe:sh {tmp_path}/get {root}/shard-{{000..002}}.tar"))
+    assert asked.read_text().split().count(f"{root}/shards.json") == 4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of moto's server
+def test_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_set(tmp_path / "set")
+    with bucket(monkeypatch) as client:
+        name = upload(client, root, "a/set")
+        pattern = f"{name}/shard-{{000..002}}.tar"
+        data = load(pattern)
+        check_images(data)
+        check_images(load(pattern))  # from the cache
+        assert data.name == "set"
+        with pytest.raises(FileNotFoundError, match=rf"^{name}/shards.json: missing; .*train-\{{000000"):
+            load(name)
+        with pytest.raises(FileNotFoundError, match=rf"^{name}/shard-003.tar: not found"):
+            load(f"{name}/shard-{{000..003}}.tar")
+        write_tar(root / "shard-001.tar", sample(4, "cls"))
+        upload(client, root, "a/set")
+        images = data.train
+        assert isinstance(images, ShardImages)
+        with pytest.raises(ShardError, match=rf"^{name}/shard-001.tar: changed since it was listed"):
+            images.read_shard(1)
+        data = load(pattern)
+        assert len(data.train) + len(data.val) == 8
 
 
 def test_a_folder_at_a_server_cannot_be_listed(server: FlakyServer, tmp_path: Path) -> None:

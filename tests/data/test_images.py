@@ -162,7 +162,7 @@ JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("factor", [None, 1, 2, 4, 8])
-@pytest.mark.parametrize("size", [(300, 200), (131, 67), (9, 17), (7, 5)])
+@pytest.mark.parametrize("size", [(300, 200), (131, 67), (9, 17), (7, 5), (5, 5), (3, 3)])
 @pytest.mark.parametrize("kind", JPEGS)
 def test_every_jpeg_has_pillows_pixels(
     kind: str, size: tuple[int, int], factor: int | None, photo: Image.Image, tmp_path: Path

@@ -167,7 +167,7 @@ def test_a_stopped_epoch_continues_with_exactly_what_was_left(done: int, num_wor
 def test_a_loader_that_was_restored_but_not_read_keeps_its_place() -> None:
     loader = train_loader(numbered(23))
     loader.load_state_dict({"batch": 3})
-    assert loader.state_dict() == {"batch": 3}
+    assert loader.state_dict() == {"batch": 3, "world_size": 1}
 
 
 def test_an_unreadable_image_is_left_out_and_named_once_an_epoch() -> None:

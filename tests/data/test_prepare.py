@@ -12,6 +12,7 @@ import tarfile
 import threading
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +41,7 @@ from sequencer2d.cli import DONE, WRONG_INPUT, main
 from sequencer2d.data import layouts
 from sequencer2d.data.archives import ArchiveError
 from sequencer2d.data.catalog import load_data, split_names
-from sequencer2d.data.prepare import prepare
+from sequencer2d.data.prepare import LAYOUTS, prepare
 
 
 @pytest.fixture
@@ -199,6 +200,14 @@ def test_tiny_imagenet_that_lacks_something(gone: str, added: str, message: str,
     assert snapshot(tmp_path / "data") == {}
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tiny_imagenet_by_another_name(zipped: bool, tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "t.zip", tiny_files()) if zipped else write_files(tmp_path / "t", tiny_files())
+    source = source if zipped else source / "tiny-imagenet-200"
+    with pytest.raises(ValueError, match=rf"^{source}: Tiny-ImageNet .* by its name, tiny-imagenet"):
+        prepare("tiny", tmp_path / "data", source)
+
+
 def test_tiny_imagenet_whose_val_lacks_a_class(tmp_path: Path) -> None:
     files, annotations = tiny_files(), "tiny-imagenet-200/val/val_annotations.txt"
     lines = files[annotations].splitlines(keepends=True)
@@ -287,18 +296,43 @@ def test_folder_with_splits_and_names(tmp_path: Path) -> None:
     assert (result.folder / "val/n2/b.png").is_file()
 
 
-@pytest.mark.parametrize("change", ["content", "gone", "new"])
+@pytest.mark.parametrize("change", ["content", "gone", "new", "shorter for a moment"])
 def test_folder_that_changes_while_it_is_read(change: str, tmp_path: Path) -> None:
-    source = write_files(tmp_path / "source", folder_files())
+    files = folder_files()
+    source = write_files(tmp_path / "source", files)
+    times = os.stat(source / "dog/4.jpg")
 
     def meddle(what: str, done: int, total: int) -> None:
-        if change == "gone":
+        if change == "shorter for a moment":  # as rsync may write it, which restores times
+            (source / "dog/4.jpg").write_bytes(b"other" if done < total else files["dog/4.jpg"])
+            os.utime(source / "dog/4.jpg", ns=(times.st_atime_ns, times.st_mtime_ns))
+        elif change == "gone":
             (source / "dog/4.jpg").unlink(missing_ok=True)
         else:
             (source / {"content": "cat/0.jpg", "new": "dog/9.jpg"}[change]).write_bytes(b"other")
 
     with pytest.raises(ValueError, match=rf"{source}.*: changed while it was read; run again"):
         prepare("pets", tmp_path / "data", source, progress=meddle)
+    assert snapshot(tmp_path / "data") == {}
+
+
+@pytest.mark.parametrize("gone", ["train/cat", "val/dog/*.jpg"])
+def test_a_file_system_that_loses_something(gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that takes the classes `cat` and `Cat` for the same folder."""
+
+    def lay_out(job: layouts.Job) -> layouts.Layout:
+        layout = layouts.lay_out_folder(job)
+        lost = next(job.tree.glob(gone))
+        if lost.is_dir():
+            shutil.rmtree(lost)
+            return replace(layout, num_images={"train": 4, "val": 4})  # else the counts differ, too
+        lost.unlink()
+        return layout
+
+    monkeypatch.setitem(LAYOUTS, "tiny-imagenet", lay_out)
+    source = write_files(tmp_path / "source", folder_files())
+    with pytest.raises(AssertionError):
+        prepare("tiny-imagenet", tmp_path / "data", source, val_fraction=0.34)
     assert snapshot(tmp_path / "data") == {}
 
 

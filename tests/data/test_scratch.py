@@ -1,5 +1,6 @@
 """`kill -9` before every change to the disk: the folder is there whole or not at all, and the next run makes it."""
 
+import errno
 import json
 import os
 import subprocess
@@ -164,6 +165,16 @@ def test_an_exception_leaves_nothing(kind: type[BaseException], tmp_path: Path) 
 
     with pytest.raises(kind):
         fail()
+    assert snapshot(tmp_path / "root") == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "step"), [(errno.ENOSPC, "Free some space or choose"), (errno.EROFS, "Choose another folder")]
+)
+def test_a_disk_that_is_full_or_read_only(number: int, step: str, tmp_path: Path) -> None:
+    message = rf"^pets: cannot be written to {tmp_path}/root: {os.strerror(number)}\. {step}"
+    with pytest.raises(OSError, match=message), made_whole(tmp_path / "root" / "pets"):
+        raise OSError(number, os.strerror(number), "pets/cat/1")
     assert snapshot(tmp_path / "root") == {}
 
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,12 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batches import PREPROCESSING, assert_same, epoch, random_transform
+from buckets import bucket, upload
 from flaky import FlakyServer, flaky_server
 from sequencer2d.data import fetch, loaders
 from sequencer2d.data.catalog import load_data
 from sequencer2d.data.fetch import Patience, ShardError
 from sequencer2d.data.images import Picture
-from sequencer2d.data.loaders import Batch, TrainLoader, eval_loader
+from sequencer2d.data.loaders import Batch, StreamedBatches, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, ImageData
 from sequencer2d.data.shards import Shard, ShardImages, ShardLocation, load_shards, write_shards
 from sequencer2d.data.streaming import SHARDS_AHEAD, shuffled, stream
@@ -112,19 +112,29 @@ def imagined(sizes: Sequence[int]) -> ShardImages:
 @given(
     sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8),
     world_size=st.integers(1, 5),
-    buffer_size=st.integers(1, 30),
+    batch_size=st.integers(1, 40),
     seed=st.integers(0, 2**32 - 1),
     number=st.integers(0, 1000),
 )
-def test_the_ranks_share_an_epoch_equally_and_without_repetition(
-    sizes: list[int], world_size: int, buffer_size: int, seed: int, number: int
+def test_the_ranks_share_an_epoch_without_repetition_and_as_many_batches_as_one_would_have(
+    sizes: list[int], world_size: int, batch_size: int, seed: int, number: int
 ) -> None:
     images = imagined(sizes)
-    options = {"seed": seed, "epoch": number, "world_size": world_size, "buffer_size": buffer_size}
-    shares = [[index for index, _ in shuffled(images, rank=rank, **options)] for rank in range(world_size)]
-    assert {len(share) for share in shares} == {sum(sizes) // world_size}
+    if len(images) < world_size:
+        return
+    num_batches = max(1, len(images) // max(batch_size, world_size))
+    shares = []
+    for rank in range(world_size):
+        batches = StreamedBatches(images, batch_size, seed, rank=rank, world_size=world_size)
+        batches.set_epoch(number)
+        assert len(batches) == num_batches
+        shares.append([index for index, _ in batches.order()])
+        assert len(shares[-1]) % num_batches == 0
+    counts = [len(share) // num_batches for share in shares]
+    assert sum(counts) == min(max(batch_size, world_size), len(images))
+    assert max(counts) - min(counts) <= 1
     seen = [index for share in shares for index in share]
-    assert len(set(seen)) == len(seen) > sum(sizes) - world_size
+    assert len(set(seen)) == len(seen) > len(images) - max(batch_size, world_size)
     # a shard is read by several ranks only where it lies at a border between them
     readers = Counter(number for share in shares for number in set(images.shard_numbers[share].tolist()))
     assert sum(readers.values()) <= len(sizes) + world_size - 1
@@ -132,7 +142,7 @@ def test_the_ranks_share_an_epoch_equally_and_without_repetition(
 
 def test_shards_and_images_are_shuffled_anew_each_epoch_and_have_their_own_seeds() -> None:
     images = imagined([50] * 20)
-    options = {"seed": 3, "rank": 0, "world_size": 1, "buffer_size": 100}
+    options = {"seed": 3, "rank": 0, "run": (0, 1000), "buffer_size": 100}
     first, second = (shuffled(images, epoch=number, **options) for number in (0, 1))
     assert first == shuffled(images, epoch=0, **options)
     assert len({seed for _, seed in first}) == 1000
@@ -201,6 +211,17 @@ def test_a_stopped_epoch_continues_with_exactly_what_was_left(done: int, num_wor
     rest = epoch(continued, 4 if done < 5 else 5)
     assert_same([*taken, *rest], whole[0] if done < 5 else [*whole[0], *whole[1]])
     assert_same(epoch(continued, 5), whole[1])
+
+
+@pytest.mark.parametrize(("state", "warns"), [((2, 2), True), ((0, 2), False), ((2, 1), False)])
+def test_another_number_of_processes_inside_an_epoch_is_said(
+    state: tuple[int, int], warns: bool, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch, world_size = state
+    continued = loader(train_images(root / "shards"))
+    continued.load_state_dict({"batch": batch, "world_size": world_size})
+    assert ("with 2 processes, going on with 1: shards are divided anew" in caplog.text) == warns
+    assert len(epoch(continued)) == 5 - batch
 
 
 def test_what_was_seen_before_the_stop_is_not_read_again(root: Path, server: FlakyServer) -> None:
@@ -362,24 +383,8 @@ def test_workers_leave_the_garbage_of_the_main_process_alone(root: Path, tmp_pat
 @pytest.fixture
 def s3(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The shards in a bucket of an S3-compatible server."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        boto3: Any = pytest.importorskip("boto3", reason="the extra shards is not installed")
-        moto: Any = pytest.importorskip("moto.server", reason="moto, the S3-compatible server, is not installed")
-    store = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    store.start()
-    host, port = store.get_host_and_port()
-    settings = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s"}
-    for name, value in {**settings, "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    fetch._s3_client.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="images")
-    for path in (root / "shards").iterdir():
-        client.upload_file(str(path), "images", f"numbered/{path.name}")
-    yield "s3://images/numbered"
-    fetch._s3_client.cache_clear()
-    store.stop()
+    with bucket(monkeypatch) as client:
+        yield upload(client, root / "shards", "numbered")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of moto's server
@@ -443,7 +448,7 @@ def test_two_processes_see_disjoint_halves(root: Path, server: FlakyServer) -> N
         from sequencer2d.preprocessing import Preprocessing
         images = load_shards({server.url + "/shards"!r}, val_fraction=0.1, seed=0).train
         loader = TrainLoader(
-            images, EvalTransform(Preprocessing(image_size=8)), batch_size=11, seed=0, num_workers=2,
+            images, EvalTransform(Preprocessing(image_size=8)), batch_size=22, seed=0, num_workers=2,
             rank=int(sys.argv[1]), world_size=2,
         )
         print(*(images.name(i) for batch in loader for i in batch.indices))

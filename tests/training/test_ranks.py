@@ -15,7 +15,9 @@ from torch import nn
 
 from jobs import Job
 from runs import make_images, rows
+from sequencer2d.data.catalog import load_data
 from sequencer2d.data.loaders import ShuffledBatches
+from sequencer2d.data.shards import write_shards
 from sequencer2d.training.ranks import Ranks
 
 
@@ -146,6 +148,38 @@ def test_a_rank_without_a_readable_image_does_not_keep_the_others_waiting(
     statuses, errors = Job(tmp_path / "two", recipe, ranks=2).run()
     assert statuses == [0, 0], errors
     assert "skipped" in errors
+
+
+@pytest.mark.slow
+def test_two_ranks_stream_shards(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """27 training images in batches of seven, of which one rank has four and the other three."""
+    data = load_data(recipe["data"], val_fraction=0.25)
+    write_shards(data, tmp_path / "shards", images_per_shard=4)
+    recipe |= {"data": str(tmp_path / "shards"), "num_workers": 2}
+    whole = Job(tmp_path / "whole", {**recipe, "run_dir": str(tmp_path / "whole run")}, ranks=2)
+    statuses, errors = whole.run()
+    assert statuses == [0, 0], errors
+    assert [(len(epoch), set(epoch.values())) for epoch in whole.seen()] == [(21, {1})] * 3
+
+    stopped = Job(tmp_path / "two", recipe, ranks=2, kill=(4, signal.SIGTERM), victim=1)
+    statuses, errors = stopped.run()
+    assert statuses == [75, 75], errors
+    assert [len(epoch) for epoch in stopped.seen()] == [21, 14]
+    shutil.copytree(tmp_path / "run", tmp_path / "run of one")
+    statuses, errors = stopped.run()
+    assert statuses == [0, 0], errors
+    assert "continuing" in errors
+    assert "divided anew" not in errors
+    assert stopped.seen() == whole.seen()
+    assert_same(tmp_path / "run", tmp_path / "whole run")
+
+    one = Job(tmp_path / "one", {**recipe, "run_dir": str(tmp_path / "run of one")})
+    statuses, errors = one.run()
+    assert statuses == [0], errors
+    assert "an epoch with 2 processes, going on with 1: shards are divided anew" in " ".join(errors.split())
+    assert [(len(epoch), set(epoch.values())) for epoch in one.seen()[1:]] == [(7, {1}), (21, {1})]
+    steps = [[row["step"] for row in rows(tmp_path / name)] for name in ("run of one", "whole run")]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow

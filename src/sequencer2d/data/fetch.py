@@ -9,6 +9,7 @@ import subprocess
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import lru_cache
 from threading import Event
 from typing import Any
@@ -55,7 +56,13 @@ def check_url(url: str) -> None:
 
 
 def fetch(
-    url: str, *, start: int = 0, size: int | None = None, total: int | None = None, stop: Event | None = None
+    url: str,
+    *,
+    start: int = 0,
+    size: int | None = None,
+    total: int | None = None,
+    stop: Event | None = None,
+    attempts: int | None = None,
 ) -> bytes:
     """Reads `size` bytes from `start` on, or all.
 
@@ -65,6 +72,7 @@ def fetch(
         size: Number of bytes; default: all from `start` on.
         total: Size that the whole file should have.
         stop: Set by another thread, ends the attempts.
+        attempts: Failures in a row until it is given up; default: those of `PATIENCE`.
 
     Raises:
         FileNotFoundError, PermissionError, OSError: The file is missing or must not be read.
@@ -74,7 +82,8 @@ def fetch(
     """
     read = _reader(url)
     stop = stop or Event()
-    attempts = Attempts(what=url, patience=PATIENCE, stop=stop)
+    patience = PATIENCE if attempts is None else replace(PATIENCE, attempts=attempts)
+    counted = Attempts(what=url, patience=patience, stop=stop)
     received = bytearray()
     while True:
         if size is None:
@@ -95,10 +104,10 @@ def fetch(
             raise _refused(url, error) from error
         except Trouble as error:
             try:
-                attempts.failed(error, progress=size is not None and len(received) > before)
+                counted.failed(error, progress=size is not None and len(received) > before)
             except Trouble:
                 raise ConnectionError(
-                    f"{url}: given up after {attempts.failures} attempts: {error}; see to the server, then continue "
+                    f"{url}: given up after {counted.failures} attempts: {error}; see to the server, then continue "
                     "with --resume"
                 ) from error
         if stop.is_set():

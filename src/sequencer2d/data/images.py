@@ -105,7 +105,7 @@ def _decode(file: BinaryIO | BytesIO, reduction: Reduction | None, label: str) -
 
 
 _JPEG_BLOCK = 8
-"""Pixels; of a smaller JPEG, 7/8 may be as large as the whole, so that its size does not tell the scale."""
+"""Pixels; of a smaller JPEG, 3/8 may have the size of 1/2 and so on, so that its size does not tell the scale."""
 
 
 def _decode_jpeg(file: BinaryIO | BytesIO, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"] | None:

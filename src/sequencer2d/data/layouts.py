@@ -19,7 +19,7 @@ from sequencer2d.data.download import Progress, download
 from sequencer2d.data.folders import find_splits, image_files, load_folder
 from sequencer2d.data.images import IMAGE_EXTENSIONS
 from sequencer2d.data.sets import FileImages, ImageData
-from sequencer2d.data.tiny_imagenet import FOLDER, is_tiny_imagenet, load_tiny_imagenet
+from sequencer2d.data.tiny_imagenet import ANNOTATIONS, FOLDER, is_tiny_imagenet, load_tiny_imagenet
 
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_IMAGENET_CHECKSUM = "md5:90528d7ca1a48142e341f4ef8d21d0de"
@@ -211,21 +211,27 @@ def lay_out_folder(job: Job) -> Layout:
     if job.source.is_dir():
         return _lay_out_folder(job, job.source, move=False)
     limits = Limits(max_bytes=(1 << 30) + 100 * job.source.stat().st_size)
-    unpacked = _unpack(job, job.source, limits, _is_image_or_classes)
+    unpacked = _unpack(job, job.source, limits, _is_image_or_list)
     try:
         return _lay_out_folder(job, unpacked, move=True)
     except (FileNotFoundError, ValueError) as error:
         raise ArchiveError(str(error).replace(str(unpacked), str(job.source))) from error
 
 
-def _is_image_or_classes(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS or path.name == CLASSES_FILE
+def _is_image_or_list(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in IMAGE_EXTENSIONS or path.name in _LISTS
+
+
+_LISTS = (CLASSES_FILE, "wnids.txt", PurePosixPath(ANNOTATIONS).name)
+"""Of classes, and those by which Tiny-ImageNet is known."""
 
 
 def _lay_out_folder(job: Job, folder: Path, *, move: bool) -> Layout:
     def load() -> ImageData:
         return load_folder(folder, val_fraction=job.val_fraction, seed=job.seed)
 
+    if is_tiny_imagenet(folder):
+        raise ValueError(f"{folder}: Tiny-ImageNet as it is published; prepare it by its name, tiny-imagenet")
     data, depth = load(), 1 if find_splits(folder) else 0
     splits = {"train": data.train, "val": data.val, "test": data.test}
     plan, names, counts = dict[Path, PurePosixPath](), dict[str, str](), dict[str, int]()

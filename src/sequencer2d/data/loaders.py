@@ -5,6 +5,7 @@ can be repeated, and continued inside an epoch.
 """
 
 import gc
+import logging
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -31,6 +32,9 @@ StreamedKey = tuple[int, int, bytes]
 """The same, and the image's file."""
 SHUFFLE_BUFFER = 4096
 """Images that wait in memory while shards are streamed: half a gigabyte of ImageNet."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
@@ -114,26 +118,32 @@ class Streamed:
 
 
 class StreamedBatches(ShuffledBatches, Streamed):
-    """One rank's shuffled batches of images in shards, as many for each rank."""
+    """One rank's shuffled batches of images in shards: its places in every batch are filled from its own shards."""
 
     def __init__(self, images: ShardImages, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
         if len(images) < world_size:
             raise ValueError(f"{len(images)} images in shards are too few for {world_size} processes")
-        super().__init__(len(images) // world_size, batch_size, seed, rank=rank, world_size=world_size)
+        super().__init__(len(images), max(batch_size, world_size), seed, rank=rank, world_size=world_size)
         self.images = images
 
-    def __iter__(self) -> Iterator[list[StreamedKey]]:  # type: ignore[override]
-        order = shuffled(
-            self.images,
-            seed=self.seed,
-            epoch=self.epoch,
-            rank=self.rank,
-            world_size=self.world_size,
-            buffer_size=SHUFFLE_BUFFER,
+    def order(self) -> list[Key]:
+        """This rank's images of the epoch, in their order."""
+        start, stop = self._places
+        run = (start * len(self), stop * len(self))
+        return shuffled(
+            self.images, seed=self.seed, epoch=self.epoch, rank=self.rank, run=run, buffer_size=SHUFFLE_BUFFER
         )
+
+    @property
+    def _places(self) -> tuple[int, int]:
+        """Start and end in every batch."""
+        return _runs(self.batch_size, self.world_size)[self.rank]
+
+    def __iter__(self) -> Iterator[list[StreamedKey]]:  # type: ignore[override]
         first, self.first_batch = self.first_batch, 0
-        left = order[first * self.batch_size : len(self) * self.batch_size]
-        yield from self.stream_batches(self.images, left, self.batch_size)
+        start, stop = self._places
+        share = stop - start
+        yield from self.stream_batches(self.images, self.order()[first * share :], share)
 
 
 class OrderedBatches(Sampler[list[StreamedKey]], Streamed):
@@ -168,7 +178,7 @@ class TrainLoader(ImageLoader):
     """Shuffled, augmented batches of one epoch after another; its position is part of a checkpoint.
 
     `batch_size` counts the images of all `world_size` processes together. Each has its share of every batch; of images
-    in shards, each sees a part of its own, of the same size.
+    in shards, each sees a part of its own.
     """
 
     def __init__(
@@ -183,9 +193,7 @@ class TrainLoader(ImageLoader):
         world_size: int = 1,
     ) -> None:
         if isinstance(images, ShardImages):
-            self.batches = StreamedBatches(
-                images, max(1, batch_size // world_size), seed, rank=rank, world_size=world_size
-            )
+            self.batches = StreamedBatches(images, batch_size, seed, rank=rank, world_size=world_size)
         else:
             self.batches = ShuffledBatches(len(images), batch_size, seed, rank=rank, world_size=world_size)
         self.position = 0
@@ -206,10 +214,18 @@ class TrainLoader(ImageLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batch": self.position % len(self)}
+        return {"batch": self.position % len(self), "world_size": self.batches.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there. With another number of processes, an epoch of shards that was begun is not exact."""
         self.batches.first_batch = self.position = state["batch"]
+        before, now = state.get("world_size", self.batches.world_size), self.batches.world_size
+        if isinstance(self.batches, StreamedBatches) and before != now and state["batch"] and self.batches.rank == 0:
+            log.warning(
+                "stopped inside an epoch with %d processes, going on with %d: shards are divided anew, so that until "
+                "the end of this epoch some images come again and others do not come",
+                *(before, now),
+            )
 
 
 def eval_loader(

@@ -4,7 +4,6 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 
 from sequencer2d.data.classes import CLASSES_FILE, write_class_names
@@ -85,29 +84,22 @@ def prepare(
     _check_name(name, given)
     if given is not None:
         _check_source(given, target, is_tree=name not in LAYOUTS)
-    try:
-        with made_whole(target) as scratch:
-            if scratch is None:
-                return _ready(target)
-            job = Job(
-                name=name,
-                root=root,
-                source=given,
-                scratch=scratch,
-                tree=scratch / name,
-                val_fraction=val_fraction,
-                seed=seed,
-                progress=progress,
-            )
-            layout = LAYOUTS.get(name, lay_out_folder)(job)
-            write_class_names(job.tree, layout.class_names)
-            _verify(job.tree, layout)
-    except OSError as error:
-        if error.errno not in (ENOSPC, EDQUOT):
-            raise
-        raise OSError(
-            f"{name}: cannot be written to {root}: {error.strerror}. Free some space or choose another folder"
-        ) from error
+    with made_whole(target) as scratch:
+        if scratch is None:
+            return _ready(target)
+        job = Job(
+            name=name,
+            root=root,
+            source=given,
+            scratch=scratch,
+            tree=scratch / name,
+            val_fraction=val_fraction,
+            seed=seed,
+            progress=progress,
+        )
+        layout = LAYOUTS.get(name, lay_out_folder)(job)
+        write_class_names(job.tree, layout.class_names)
+        _verify(job.tree, layout)
     return Prepared(
         folder=target,
         num_classes=len(layout.class_names),

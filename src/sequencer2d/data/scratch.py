@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EDQUOT, ENOSPC, EROFS
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -28,7 +29,7 @@ def made_whole(target: Path) -> Iterator[Path | None]:
 
     Raises:
         BlockingIOError: Another process is making it.
-        OSError: As the file system does.
+        OSError: As the file system does; where it is full or read-only, the message says what to do.
 
     Example:
         with made_whole(Path("data/pets")) as scratch:
@@ -36,8 +37,8 @@ def made_whole(target: Path) -> Iterator[Path | None]:
                 (scratch / "pets").mkdir()
     """
     parent = target.parent
-    parent.mkdir(parents=True, exist_ok=True)
     try:
+        parent.mkdir(parents=True, exist_ok=True)
         with FileLock(parent / f".prepare-{target.name}.lock", blocking=False):
             scratch = parent / f".prepare-{target.name}"
             if scratch.exists():
@@ -53,6 +54,15 @@ def made_whole(target: Path) -> Iterator[Path | None]:
                 shutil.rmtree(scratch, ignore_errors=True)
     except Timeout as error:
         raise BlockingIOError(f"{target}: another process is preparing it; wait for that, and run again") from error
+    except OSError as error:
+        step = _NEXT_STEP.get(error.errno or 0)
+        if step is None:
+            raise
+        raise OSError(f"{target.name}: cannot be written to {parent}: {error.strerror}. {step}") from error
+
+
+_FULL = "Free some space or choose another folder"
+_NEXT_STEP = {ENOSPC: _FULL, EDQUOT: _FULL, EROFS: "Choose another folder"}
 
 
 def _publish(tree: Path, target: Path) -> None:

@@ -229,9 +229,8 @@ class ShardImages(ImageSet):
 
     def picture(self, index: int, reduction: Reduction | None = None) -> Picture:
         shard = self.shards[self.shard_numbers[index]]
-        url = self.location.url(shard.file)
-        start, size = int(self.offsets[index]), int(self.sizes[index])
-        return self.decode(index, fetch(url, start=start, size=size, total=shard.size), reduction)
+        content = self._fetch(shard, start=int(self.offsets[index]), size=int(self.sizes[index]))
+        return self.decode(index, content, reduction)
 
     def decode(self, index: int, content: bytes, reduction: Reduction | None = None) -> Picture:
         """The image at an index, of which the bytes are at hand.
@@ -245,23 +244,32 @@ class ShardImages(ImageSet):
         """A whole tar file, verified.
 
         Raises:
-            ShardError: It is not the one that shards.json describes; the message says what is wrong with it.
+            ShardError: It is not the one that shards.json describes; the message says what is wrong with it. The list
+                of a set of other tools is removed from the cache, so that the next start makes it anew.
             OSError, ImportError: As `fetch`.
         """
         shard = self.shards[number]
         url = self.location.url(shard.file)
-        content = fetch(url, size=shard.size, total=shard.size, stop=stop)
+        content = self._fetch(shard, size=shard.size, stop=stop)
         if not shard.sha256:
-            self._check_headers(content, number, url)
+            self._check_headers(content, shard)
         elif hashlib.sha256(content).hexdigest() != shard.sha256:
             if shard.keys is None:
                 _find_images(content, url, shard.first_key, self.num_classes)  # tells the defect, where it finds one
-            raise ShardError(f"{url}: not the file that {self.listed_in} describes; {self._next_step(shard)}")
+                raise ShardError(f"{url}: not the file that {self.listed_in} describes; copy both again")
+            raise self._changed(shard)
         return content
 
-    def _check_headers(self, content: bytes, number: int, url: str) -> None:
+    def _fetch(self, shard: Shard, *, size: int, start: int = 0, stop: Event | None = None) -> bytes:
+        try:
+            return fetch(self.location.url(shard.file), start=start, size=size, total=shard.size, stop=stop)
+        except ShardError as error:
+            if shard.keys is None:
+                raise
+            raise self._changed(shard) from error
+
+    def _check_headers(self, content: bytes, shard: Shard) -> None:
         """Whether each image still lies where the list says."""
-        shard = self.shards[number]
         for offset, size, key in zip(shard.offsets, shard.sizes, shard.keys or (), strict=True):
             header = content[offset - tarfile.BLOCKSIZE : offset]
             try:
@@ -269,10 +277,18 @@ class ShardImages(ImageSet):
             except tarfile.TarError:
                 found = None
             if found != size:
-                raise ShardError(f"{url}/{key}: not where {self.listed_in} says; {self._next_step(shard)}")
+                raise self._changed(shard, key)
 
-    def _next_step(self, shard: Shard) -> str:
-        return "copy both again" if shard.keys is None else f"remove {self.listed_in} and run again, to list it anew"
+    def _changed(self, shard: Shard, *keys: str) -> ShardError:
+        """The error to raise of a file of other tools, whose list is of no more use, and removed."""
+        what = "/".join([self.location.url(shard.file), *keys])
+        try:
+            Path(self.listed_in).unlink(missing_ok=True)
+        except OSError as error:
+            step = f"remove {self.listed_in} ({error.strerror}), and run again, to list it anew"
+        else:
+            step = f"its list, {self.listed_in}, is removed: run again, to list it anew"
+        return ShardError(f"{what}: changed since it was listed; {step}")
 
     def name(self, index: int) -> str:
         shard = self.shards[self.shard_numbers[index]]
@@ -313,8 +329,9 @@ def load_shards(name: str, *, val_fraction: float, seed: int) -> ImageData:
     location, wanted = _locate(name)
     url = location.url(INDEX)
     listed_in = INDEX
+    attempts = None if wanted is None or not url.startswith("pipe:") else 2  # tar files of other tools have none
     try:
-        class_names, shards = _read_index(url)
+        class_names, shards = _read_index(url, attempts)
     except (FileNotFoundError, PermissionError, ConnectionError) as error:  # a command cannot say what is missing
         if isinstance(error, ConnectionError) and not url.startswith("pipe:"):
             raise
@@ -376,9 +393,9 @@ def _short_name(location: ShardLocation) -> str:
     return (re.findall(r"[\w.-]+", re.sub(r":\d+", "", before)) or ["shards"])[-1]
 
 
-def _read_index(url: str) -> tuple[tuple[str, ...], list[Shard]]:
+def _read_index(url: str, attempts: int | None = None) -> tuple[tuple[str, ...], list[Shard]]:
     try:
-        content = fetch(url)
+        content = fetch(url, attempts=attempts)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{url}: missing; prepare shards writes it; tar files of other tools need none but their names, "

@@ -19,20 +19,20 @@ SHARDS_AHEAD = 2
 
 
 def shuffled(
-    images: ShardImages, *, seed: int, epoch: int, rank: int, world_size: int, buffer_size: int
+    images: ShardImages, *, seed: int, epoch: int, rank: int, run: tuple[int, int], buffer_size: int
 ) -> list[tuple[int, int]]:
     """One rank's images of an epoch in their order, each with the seed of its augmentation.
 
-    The shards are put into a random order, the images within each as well. The ranks take equal runs of that row, of
-    which up to `world_size - 1` images at its end stay out; a shard at a border is read by both neighbours. Each run
-    passes a buffer, out of which a random image makes room for the next.
+    The shards are put into a random order, the images within each as well. Each rank takes a run of that row; a
+    shard at a border is read by both neighbours. The run passes a buffer, out of which a random image makes room for
+    the next.
 
     Args:
         images: Of all ranks.
         seed: Of the run.
         epoch: From 0.
-        rank: From 0 to `world_size - 1`.
-        world_size: Number of processes that train together.
+        rank: From 0.
+        run: Start and end of its run.
         buffer_size: Images in the buffer.
     """
     common = np.random.default_rng([seed, epoch])
@@ -40,11 +40,10 @@ def shuffled(
     within = common.permutation(len(images))
     seeds = common.integers(2**32, size=len(images))
     row = np.lexsort((within, shard_rank[images.shard_numbers]))
-    share = len(images) // world_size
-    run = row[rank * share : (rank + 1) * share].tolist()
+    mine = row[slice(*run)].tolist()
 
     own = np.random.default_rng([seed, epoch, rank])
-    buffer, rest = run[:buffer_size], run[buffer_size:]
+    buffer, rest = mine[:buffer_size], mine[buffer_size:]
     order = []
     for place, index in zip(own.integers(max(1, len(buffer)), size=len(rest)).tolist(), rest, strict=True):
         order.append(buffer[place])
