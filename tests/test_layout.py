@@ -15,7 +15,7 @@ import sequencer2d
 SRC = Path(sequencer2d.__file__).parent
 
 TIERS: list[set[str]] = [
-    {"files", "hub", "layers", "preprocessing"},
+    {"cores", "files", "hub", "layers", "preprocessing"},
     {"model"},
     {"adapters", "flops"},
     {"zoo"},
