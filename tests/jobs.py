@@ -38,7 +38,8 @@ class Job:
     Args:
         folder: For the recipe and the script.
         recipe: Keys of a recipe.
-        ranks: Processes; they find each other as under `torchrun`.
+        ranks: Processes; they find each other as the launcher's do.
+        launcher: `torchrun` or `slurm`, of which the environment is made.
         kill: The batch (counted by each process from 0) in which the victim gets the signal, once, and the signal.
         victim: Its rank.
     """
@@ -49,6 +50,7 @@ class Job:
         recipe: dict[str, Any],
         *,
         ranks: int = 1,
+        launcher: str = "torchrun",
         kill: tuple[int, signal.Signals] | None = None,
         victim: int = 0,
     ) -> None:
@@ -63,6 +65,7 @@ class Job:
         ]
         self.environment = {**os.environ, "VICTIM": str(victim), "OMP_NUM_THREADS": "1"}
         self.ranks = ranks
+        self.of_rank = {"torchrun": self.by_torchrun, "slurm": self.by_slurm}[launcher]
 
     def start(self) -> "list[subprocess.Popen[str]]":
         port = free_port()
@@ -77,7 +80,22 @@ class Job:
             for rank in range(self.ranks)
         ]
 
-    def of_rank(self, rank: int, port: int) -> dict[str, str]:
+    def by_slurm(self, rank: int, port: int) -> dict[str, str]:
+        """What `srun` tells a task."""
+        return {
+            "SLURM_JOB_ID": str(port),
+            "SLURM_JOB_NAME": "training",
+            "SLURM_NTASKS": str(self.ranks),
+            "SLURM_NTASKS_PER_NODE": str(self.ranks),
+            "SLURM_NNODES": "1",
+            "SLURM_NODELIST": "127.0.0.1",
+            "SLURM_NODEID": "0",
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "MASTER_PORT": str(port),
+        }
+
+    def by_torchrun(self, rank: int, port: int) -> dict[str, str]:
         """What `torchrun` tells a process."""
         return {
             "RANK": str(rank),

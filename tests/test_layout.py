@@ -23,7 +23,7 @@ TIERS: list[set[str]] = [
     {"data"},
     {"evaluation", "prediction", "visualize"},
     {"training"},
-    {"cli", "verbs"},
+    {"__main__", "cli", "verbs"},
 ]
 """A module imports from its own tier and from those above it here; the longest name that fits counts."""
 

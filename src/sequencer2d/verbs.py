@@ -70,13 +70,13 @@ def train(arguments: list[str]) -> int:
     from sequencer2d.training.config import TrainConfig
 
     config = TrainConfig(**parser.instantiate(options).as_dict())
-    if seeds is not None:
-        return _train_seeds(config, seeds)
     from sequencer2d.training.ranks import is_first_process
     from sequencer2d.training.run import train as run_training
 
     first = is_first_process()
     _log_to_screen(logging.INFO if first else logging.CRITICAL)
+    if seeds is not None:
+        return _train_seeds(config, seeds, first)
     result = run_training(config)
     if not first:
         return DONE if result.finished else STOPPED
@@ -95,14 +95,15 @@ def train(arguments: list[str]) -> int:
     return DONE
 
 
-def _train_seeds(config: "TrainConfig", seeds: str) -> int:
+def _train_seeds(config: "TrainConfig", seeds: str, first: bool) -> int:
     """`sequencer2d train --seeds`"""
     from sequencer2d.training.seeds import HEADINGS, train_seeds
 
     if not re.fullmatch(r"\d+(,\d+)*", seeds):
         raise ValueError(f"--seeds {seeds}: give whole numbers with commas between them, such as 0,1,2")
-    _log_to_screen()
     result = train_seeds(config, [int(seed) for seed in seeds.split(",")])
+    if not first:
+        return DONE if result.finished else STOPPED
     if not result.finished:
         print(f"stopped after {len(result.runs)} seeds; continue with the same command", file=sys.stderr)
         return STOPPED

@@ -48,7 +48,7 @@ def test_everything_is_set_and_put_back_even_after_an_error(gpu: None, monkeypat
     monkeypatch.setattr(machine, "num_cores", lambda: 6)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = state()
-    config = TrainConfig(precision="fp32", deterministic=True)
+    config = TrainConfig(deterministic=True)
     inside: list[dict[str, Any]] = []
 
     def fail() -> None:
@@ -77,9 +77,9 @@ def test_everything_is_set_and_put_back_even_after_an_error(gpu: None, monkeypat
 def test_without_a_gpu_products_in_fp32_are_exact() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
-    with settled(TrainConfig(precision="fp32"), Ranks()) as settings:
+    with settled(TrainConfig(), Ranks()) as lines:
         assert torch.get_float32_matmul_precision() == "highest"
-    assert not any("TF32" in line for line in settings.lines)
+    assert not any("TF32" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def lines_after(program: str) -> str:
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.machine import settled
 from sequencer2d.training.ranks import Ranks
-with settled(TrainConfig(precision="fp32"), Ranks()) as settings:
-    print(*settings.lines, sep="\\n")
+with settled(TrainConfig(), Ranks()) as lines:
+    print(*lines, sep="\\n")
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)

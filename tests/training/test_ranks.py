@@ -73,6 +73,16 @@ def test_a_run_of_two_ranks_goes_on_with_one(recipe: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.slow
+def test_slurm_starts_them_and_stops_them_ahead_of_time(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A signal to one of the tasks stops both."""
+    for kill, statuses in ((5, signal.SIGUSR1), [75, 75]), (None, [0, 0]):
+        found, errors = Job(tmp_path / "two", recipe, ranks=2, launcher="slurm", kill=kill).run()
+        assert found == statuses, errors
+    Job(tmp_path / "one", {**recipe, "run_dir": str(tmp_path / "alone")}).run()
+    assert_same(tmp_path / "run", tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_job_down_and_torchrun_brings_it_back(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:

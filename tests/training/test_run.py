@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,7 +23,8 @@ from sequencer2d.data.check import check_folder
 from sequencer2d.data.mixing import BatchMixing
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
-from sequencer2d.training.config import AugmentConfig, TrainConfig
+from sequencer2d.training import machine
+from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
 from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 from sequencer2d.training.muon import Muon
@@ -209,6 +211,25 @@ def test_resume_takes_a_folder_or_a_checkpoint_and_the_run_s_own_config(
         stop_at(patch, 1)
         assert not train(TrainConfig(resume=str(run_dir))).finished
     assert train(TrainConfig(resume=str(last_checkpoint(run_dir)))).finished
+
+
+def test_a_run_that_goes_on_keeps_its_config_and_precision(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, precision="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_bf16_speedup", lambda: 2.0)
+        stop_at(patch, 3)
+        run_dir = train(config).run_dir
+    with pytest.raises(ValueError, match=r"leave out epochs, optim, or begin another run"):
+        train(TrainConfig(resume=str(run_dir), epochs=50, optim=OptimConfig(ema_decay=0.5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_bf16_speedup", lambda: 0.5)
+        stop_at(patch, 3)
+        assert not train(TrainConfig(resume=str(run_dir), log_every=7)).finished
+        saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+        assert (saved["precision"], saved["log_every"]) == ("bf16", 7)
+        assert train(replace(config, log_every=7)).finished
 
 
 def test_names_are_found_and_stopped_runs_are_found_again(

@@ -43,7 +43,7 @@ def explained(config: TrainConfig, run_dir: Path) -> Iterator[None]:
             ) from error
         raise
     except FileNotFoundError as error:
-        raise TrainingError(f"{error}; the last checkpoint is whole: bring it back, then {go_on}") from error
+        raise TrainingError(f"{error}; checkpoints so far are whole: bring it back, then {go_on}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "the disk is full"
@@ -53,7 +53,7 @@ def explained(config: TrainConfig, run_dir: Path) -> Iterator[None]:
             hint = "the disk fails"
         else:
             raise
-        raise TrainingError(f"{hint} ({error}); the last checkpoint is whole: mend that, then {go_on}") from error
+        raise TrainingError(f"{hint} ({error}); checkpoints so far are whole: mend that, then {go_on}") from error
 
 
 def _out_of_memory(config: TrainConfig, what: str) -> str:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,31 +46,17 @@ def tune_allocator() -> bool:
     return bool(kept and libc.mallopt(_M_TRIM_THRESHOLD, _HUGE))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How this machine trains."""
-
-    precision: Precision
-    lines: tuple[str, ...]
-    """One for each setting, for people: what it is and why."""
-
-
 @contextmanager
-def settled(config: "TrainConfig", ranks: "Ranks") -> Iterator[Settings]:
-    """Sets this process up for training: threads, denormals, allocator, arithmetic, determinism.
+def settled(config: "TrainConfig", ranks: "Ranks") -> Iterator[tuple[str, ...]]:
+    """Sets this process up for training: threads, denormals, allocator, TF32, determinism. A line tells of each.
 
     Afterwards all is as before but for the allocator, which stays. Call it before tensors are computed with: threads
     take over whether denormals are flushed when they start.
-
-    Raises:
-        ValueError: fp16 is asked for and there is no GPU.
     """
     import torch
 
     with ExitStack() as undo:
         lines = [set_threads(ranks.local_world_size, undo), _flush_denormals(undo), _allocator()]
-        precision, reason = ranks.of_first(lambda: choose_precision(config.precision))
-        lines += [f"precision {precision}: {reason}", _optimizer(config.optim.optimizer, precision)]
         if torch.cuda.is_available():
             undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("high")
@@ -79,7 +64,7 @@ def settled(config: "TrainConfig", ranks: "Ranks") -> Iterator[Settings]:
         if config.deterministic:
             _deterministic(undo)
             lines.append("deterministic: operations that give other digits when repeated are errors")
-        yield Settings(precision=precision, lines=tuple(lines))
+        yield tuple(lines)
 
 
 def set_threads(processes: int, undo: ExitStack) -> str:
@@ -163,17 +148,6 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _optimizer(name: str, precision: Precision) -> str:
-    if name == "muon":
-        return "optimizer: Muon, matrices of one shape together"
-    return f"optimizer: AdamW, {'fused' if fuses_adamw(precision) else 'not fused: fp16 gradients are clipped first'}"
-
-
-def fuses_adamw(precision: Precision) -> bool:
-    """Whether AdamW is one kernel; fused, it would unscale fp16 gradients only after the clipping."""
-    return precision != "fp16"
-
-
 def _deterministic(undo: ExitStack) -> None:
     import torch
 
@@ -238,6 +212,18 @@ def _bf16_speedup() -> float:
 
     times = [(step(False), step(True)) for _ in range(6)][1:]
     return statistics.median(fp32 for fp32, _ in times) / statistics.median(bf16 for _, bf16 in times)
+
+
+def describe_optimizer(name: str, precision: Precision) -> str:
+    """Which kernels update the weights, for people."""
+    if name == "muon":
+        return "optimizer: Muon, matrices of one shape together"
+    return f"optimizer: AdamW, {'fused' if fuses_adamw(precision) else 'not fused: fp16 gradients are clipped first'}"
+
+
+def fuses_adamw(precision: Precision) -> bool:
+    """Whether AdamW is one kernel; fused, it would unscale fp16 gradients only after the clipping."""
+    return precision != "fp16"
 
 
 def describe_machine() -> dict[str, Any]:

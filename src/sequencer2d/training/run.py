@@ -49,7 +49,14 @@ from sequencer2d.training.faults import explained, load_fault
 from sequencer2d.training.finetune import follow_weights, freeze
 from sequencer2d.training.finetune_config import ProgressiveConfig
 from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
-from sequencer2d.training.machine import Precision, Settings, describe_machine, settled, tune_allocator
+from sequencer2d.training.machine import (
+    Precision,
+    choose_precision,
+    describe_machine,
+    describe_optimizer,
+    settled,
+    tune_allocator,
+)
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.recipes import config_from_yaml
 from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
@@ -109,13 +116,13 @@ def train(config: TrainConfig) -> TrainResult:
         return _train(config, ranks, settings, resumed_from)
 
 
-def _train(config: TrainConfig, ranks: Ranks, settings: Settings, resumed_from: Path | None) -> TrainResult:
+def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed_from: Path | None) -> TrainResult:
     data = ranks.first_then_others(lambda: _load_data(config))
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
     if config.compile:
         check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    config = ranks.of_first(lambda: _resolve(config, data, settings.precision, ranks.world_size))
+    config = ranks.of_first(lambda: _resolve(config, data, ranks.world_size))
     run_dir = ranks.of_first(lambda: _run_of(resumed_from) if resumed_from else _choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
@@ -130,13 +137,16 @@ def _train(config: TrainConfig, ranks: Ranks, settings: Settings, resumed_from: 
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
     model = run.create_model()
     teacher = load_teacher(config.distill, data.class_names)
-    for line in settings.lines:
+    for line in settings:
         log.info("%s", line)
+    precision: Precision = ranks.of_first(lambda: _precision(config, run_dir))
+    run = replace(run, config=replace(config, precision=precision))
+    log.info("%s", describe_optimizer(config.optim.optimizer, precision))
     with _locked(run_dir, ranks), explained(config, run_dir):
         checkpoint = ranks.of_first(lambda: _checkpoint(run_dir, resumed_from))
         if ranks.is_first:
             run.write_description()
-        task, stopped = _fit(run, model, teacher, settings.precision, checkpoint)
+        task, stopped = _fit(run, model, teacher, precision, checkpoint)
         result = _result(run, model, task, finished=not stopped)
         return result if stopped else ranks.of_first(lambda: _finish(run, task, result))
 
@@ -252,9 +262,7 @@ def _load_data(config: TrainConfig) -> ImageData:
     return load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed_of_split)
 
 
-def _resolve(
-    config: TrainConfig, data: ImageData, precision: Precision = "fp32", num_processes: int = 1
-) -> TrainConfig:
+def _resolve(config: TrainConfig, data: ImageData, num_processes: int = 1) -> TrainConfig:
     config = follow_weights(config)
     name = config.model if config.model != "auto" else _default_model(data)
     variant = get_variant(name)
@@ -272,7 +280,7 @@ def _resolve(
         begun = resolved(saved.images_per_step)
         if not _changed_fields(saved, begun):
             return begun
-    return resolved(_find_batch_size(resolved(SMALLEST), data, precision, num_processes))
+    return resolved(_find_batch_size(resolved(SMALLEST), data, num_processes))
 
 
 def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str) -> Iterator[TrainConfig]:
@@ -285,7 +293,7 @@ def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str)
             return
 
 
-def _find_batch_size(config: TrainConfig, data: ImageData, precision: Precision, num_processes: int) -> int:
+def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -> int:
     """For all processes together, by trying in this one."""
     classes = len(data.class_names)
     model = create_model(config.model, **{"num_classes": classes, **config.model_args})
@@ -296,6 +304,7 @@ def _find_batch_size(config: TrainConfig, data: ImageData, precision: Precision,
         teacher.model.cuda()
     at_full_size = replace(config, progressive=ProgressiveConfig())
     task = SequencerTask(model, at_full_size, _preprocessing(config), 1, teacher)
+    precision, _ = choose_precision(config.precision)
     found = find_batch_size(task, precision, num_images=len(data.train) // num_processes)
     return found.batch_size * num_processes
 
@@ -410,6 +419,15 @@ def _checkpoint(run_dir: Path, asked_for: Path | None) -> Path | None:
     return asked_for
 
 
+def _precision(config: TrainConfig, run_dir: Path) -> Precision:
+    """The precision to train in; a run that goes on has the one that it began with, however a probe may turn out."""
+    begun = (run_dir / "config.yaml").exists() and _load_config(run_dir).precision
+    wish = begun or config.precision
+    precision, reason = choose_precision(wish)
+    log.info("precision %s: %s", precision, "as the run began" if begun == precision else reason)
+    return precision
+
+
 def _run_of(path: Path) -> Path:
     """The run folder of a folder or checkpoint given to --resume."""
     run_dir = path.parent.parent if path.is_file() else path
@@ -419,10 +437,19 @@ def _run_of(path: Path) -> Path:
 
 
 def _of_same_run(saved: TrainConfig, given: TrainConfig) -> TrainConfig:
-    """The run's own config, with what may change and was given otherwise than by default."""
-    default = TrainConfig()
-    changes = {name: getattr(given, name) for name in _MAY_CHANGE - {"resume", "run_dir"}}
-    return replace(saved, **{name: value for name, value in changes.items() if value != getattr(default, name)})
+    """The run's own config, with what may change and was given otherwise than by default.
+
+    Raises:
+        ValueError: Something else was given, too.
+    """
+    before, after, default = saved.to_dict(), given.to_dict(), TrainConfig().to_dict()
+    changes = {name for name in after if after[name] not in (before[name], default[name])} - {"resume", "run_dir"}
+    if changes - _MAY_CHANGE:
+        raise ValueError(
+            f"a run is resumed with its own config; leave out {', '.join(sorted(changes - _MAY_CHANGE))}, "
+            "or begin another run with --weights"
+        )
+    return replace(saved, **{name: getattr(given, name) for name in changes})
 
 
 def _load_config(run_dir: Path) -> TrainConfig:
@@ -431,7 +458,8 @@ def _load_config(run_dir: Path) -> TrainConfig:
 
 def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
     before, after = saved.to_dict(), now.to_dict()
-    return [name for name in before if name not in _MAY_CHANGE and before[name] != after[name]]
+    may_change = _MAY_CHANGE | ({"precision"} if now.precision == "auto" else set())
+    return [name for name in before if name not in may_change and before[name] != after[name]]
 
 
 def _fit(

@@ -1,0 +1,189 @@
+"""Measures what each setting of the machine does to a training step on this CPU, and writes docs/speed.md.
+
+`python docs/make_speed.py [--rounds N]`: each setting changed alone, in a process of its own, all processes in turn.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+ROUNDS = 7
+WARMUP = 2
+NETS: dict[str, dict[str, Any]] = {
+    "sequencer2d_s": {"side": 224, "batch_size": 8, "num_classes": 1000},
+    "sequencer2d_conv_t_patch4_32": {"side": 32, "batch_size": 128, "num_classes": 10},
+}
+SETTINGS = {
+    "as it is": "all settings of `sequencer2d train`",
+    "one thread": "`OMP_NUM_THREADS=1`",
+    "denormals kept": "`torch.set_flush_denormal(False)`",
+    "small pages": "without `THP_MEM_ALLOC_ENABLE=1`",
+    "memory given back": "without `mallopt`",
+    "both": "small pages, and memory given back",
+    "AdamW not fused": "`fused=False`",
+    "fp32": "`--precision fp32`",
+    "deterministic": "`--deterministic true`",
+    "channels-last stem": "as on GPUs",
+    "checkpointing": "`--grad-checkpointing true`",
+    "compiled": "`--compile true`",
+}
+"""What is changed, and how."""
+
+
+def work(net: str, setting: str) -> None:
+    """A process of one setting: for every line that it reads it makes a step and prints its seconds."""
+    if setting not in ("small pages", "both"):
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # read when torch is loaded
+    import torch
+
+    from sequencer2d.data.loaders import Batch
+    from sequencer2d.preprocessing import Preprocessing
+    from sequencer2d.training import machine
+    from sequencer2d.training.compilation import compile_regions
+    from sequencer2d.training.config import TrainConfig, resolve
+    from sequencer2d.training.ranks import Ranks
+    from sequencer2d.training.task import SequencerTask
+    from sequencer2d.zoo import create_model
+
+    if setting in ("memory given back", "both"):
+        machine.tune_allocator = lambda: False
+    shape = NETS[net]
+    side, batch_size, classes = shape["side"], shape["batch_size"], shape["num_classes"]
+    asked = TrainConfig(data="photos", batch_size=batch_size, deterministic=setting == "deterministic")
+    config = resolve(asked, model=net, image_size=side, crop_pct=1.0)
+    with machine.settled(config, Ranks()):
+        if setting == "denormals kept":
+            torch.set_flush_denormal(False)
+        torch.manual_seed(0)
+        model = create_model(net, num_classes=classes, drop_path_rate=0.1).train()
+        if setting == "checkpointing":
+            model.set_grad_checkpointing()
+        if setting == "channels-last stem":
+            model.stem.to(memory_format=torch.channels_last)
+        task = SequencerTask(model, config, Preprocessing(image_size=side), 100)
+        if setting == "compiled":
+            compile_regions(model)
+        optimizer = task.make_optimizer("fp16" if setting == "AdamW not fused" else "bf16")
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-4
+        images = torch.randint(256, (batch_size, side, side, 3), dtype=torch.uint8)
+        batch = Batch(images, torch.arange(batch_size) % classes, torch.arange(batch_size), skipped=[])
+        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=setting != "fp32")
+        steps = 0
+
+        def step() -> float:
+            nonlocal steps
+            start = time.perf_counter()
+            with bf16:
+                loss = task.loss(batch, (0, steps), 0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+            return time.perf_counter() - start
+
+        for _ in range(WARMUP):
+            step()
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            print(step(), flush=True)
+
+
+def measure(net: str, rounds: int) -> dict[str, float]:
+    """Medians of the seconds of a step under each setting.
+
+    Two processes start at a time; idle ones wait for a line and take no time from the one whose turn it is.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    workers: dict[str, subprocess.Popen[str]] = {}
+    for setting in SETTINGS:
+        threads = {"OMP_NUM_THREADS": "1"} if setting == "one thread" else {}
+        workers[setting] = subprocess.Popen(
+            [sys.executable, __file__, "--work", net, setting],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, **threads},
+        )
+        if len(workers) % 2 == 0:
+            for worker in list(workers.values())[-2:]:
+                answer(worker)
+    times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
+    for _ in range(rounds):
+        for setting, worker in workers.items():
+            assert worker.stdin is not None
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            times[setting].append(float(answer(worker)))
+    for worker in workers.values():
+        worker.communicate()
+    return {setting: statistics.median(values) for setting, values in times.items()}
+
+
+def answer(worker: "subprocess.Popen[str]") -> str:
+    assert worker.stdout is not None
+    line = worker.stdout.readline().strip()
+    if not line:
+        raise RuntimeError(f"{worker.args} ended")
+    return line
+
+
+def page(found: dict[str, Any]) -> str:
+    environment, seconds = found["environment"], found["seconds"]
+    lines = [
+        "# Speed of a training step on a CPU",
+        "",
+        "What `sequencer2d train` sets up on this machine and prints when it starts, and what each setting is worth:",
+        "seconds of a whole step (augmentation on the batch, forward, backward, update; bf16) with one thing changed,",
+        f"and how many times as long that is. By `{environment['command']}`: each row a process of its own, all in turn,",
+        f"{WARMUP} steps of warm-up, medians of {found['rounds']} rounds, {environment['threads']} threads.",
+        "",
+        "| changed | how | " + " | ".join(f"{net}, {_shape(net)} | ×" for net in seconds) + " |",
+        "| --- | --- |" + " --- | --- |" * len(seconds),
+    ]
+    for setting, how in SETTINGS.items():
+        cells = [f"{times[setting]:.3f} | {times[setting] / times['as it is']:.2f}" for times in seconds.values()]
+        lines.append(f"| {setting} | {how} | " + " | ".join(cells) + " |")
+    packages = environment["packages"]
+    lines += [
+        "",
+        "Denormals come late in a training, when weights and averages shrink; these nets are new. Compiled are all but",
+        "the LSTMs; the first step of such a run takes a minute and is not in these figures. On a GPU, matrix products",
+        "are rounded to TF32 and the stem is channels-last besides; that could not be measured here.",
+        "",
+        f"Commit {environment['commit']}, {environment['cpu']}, {environment['cores']} cores, torch {packages['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _shape(net: str) -> str:
+    return f"{NETS[net]['side']}², batch {NETS[net]['batch_size']}"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Measure settings, or with --page write the page of what was measured")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args(arguments)
+    if not options.page:
+        from sequencer2d.training.machine import describe_machine
+
+        seconds = {net: measure(net, options.rounds) for net in NETS}
+        environment = {**describe_machine(), "command": "python docs/make_speed.py"}
+        found = {"seconds": seconds, "rounds": options.rounds, "environment": environment}
+        (DOCS / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    (DOCS / "speed.md").write_text(page(json.loads((DOCS / "speed.json").read_text())))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        work(*sys.argv[2:])
+    else:
+        main(sys.argv[1:])
