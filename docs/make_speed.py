@@ -142,8 +142,8 @@ def page(found: dict[str, Any]) -> str:
         "",
         "What `sequencer2d train` sets up on this machine and prints when it starts, and what each setting is worth:",
         "seconds of a whole step (augmentation on the batch, forward, backward, update; bf16) with one thing changed,",
-        f"and how many times as long that is. By `{environment['command']}`: each row a process of its own, all in turn,",
-        f"{WARMUP} steps of warm-up, medians of {found['rounds']} rounds, {environment['threads']} threads.",
+        f"and how many times as long that is. By `{environment['command']}`: each row a process of its own, all",
+        f"in turn, {WARMUP} steps of warm-up, medians of {found['rounds']} rounds, {environment['threads']} threads.",
         "",
         "| changed | how | " + " | ".join(f"{net}, {_shape(net)} | ×" for net in seconds) + " |",
         "| --- | --- |" + " --- | --- |" * len(seconds),
@@ -158,7 +158,8 @@ def page(found: dict[str, Any]) -> str:
         "the LSTMs; the first step of such a run takes a minute and is not in these figures. On a GPU, matrix products",
         "are rounded to TF32 and the stem is channels-last besides; that could not be measured here.",
         "",
-        f"Commit {environment['commit']}, {environment['cpu']}, {environment['cores']} cores, torch {packages['torch']}.",
+        f"Commit {environment['commit']}, {environment['cpu']}, {environment['cores']} cores, "
+        f"torch {packages['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 
