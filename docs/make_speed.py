@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-ROUNDS = 7
-WARMUP = 2
+ROUNDS = 4
+WARMUP = 1
+TOGETHER = 3
+"""So many settings at a time are compared with the unchanged one: a process of the larger net takes 4 GiB."""
 NETS: dict[str, dict[str, Any]] = {
     "sequencer2d_s": {"side": 224, "batch_size": 8, "num_classes": 1000},
     "sequencer2d_conv_t_patch4_32": {"side": 32, "batch_size": 128, "num_classes": 10},
 }
+UNCHANGED = "nothing"
 SETTINGS = {
-    "as it is": "all settings of `sequencer2d train`",
     "one thread": "`OMP_NUM_THREADS=1`",
     "denormals kept": "`torch.set_flush_denormal(False)`",
     "small pages": "without `THP_MEM_ALLOC_ENABLE=1`",
@@ -30,8 +32,6 @@ SETTINGS = {
     "AdamW not fused": "`fused=False`",
     "fp32": "`--precision fp32`",
     "deterministic": "`--deterministic true`",
-    "channels-last stem": "as on GPUs",
-    "checkpointing": "`--grad-checkpointing true`",
     "compiled": "`--compile true`",
 }
 """What is changed, and how."""
@@ -63,10 +63,6 @@ def work(net: str, setting: str) -> None:
             torch.set_flush_denormal(False)
         torch.manual_seed(0)
         model = create_model(net, num_classes=classes, drop_path_rate=0.1).train()
-        if setting == "checkpointing":
-            model.set_grad_checkpointing()
-        if setting == "channels-last stem":
-            model.stem.to(memory_format=torch.channels_last)
         task = SequencerTask(model, config, Preprocessing(image_size=side), 100)
         if setting == "compiled":
             compile_regions(model)
@@ -96,35 +92,44 @@ def work(net: str, setting: str) -> None:
             print(step(), flush=True)
 
 
-def measure(net: str, rounds: int) -> dict[str, float]:
-    """Medians of the seconds of a step under each setting.
+def measure(net: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of the seconds of a step under each setting, and of the unchanged one in the same minutes."""
+    found = {}
+    for first in range(0, len(SETTINGS), TOGETHER):
+        changed = list(SETTINGS)[first : first + TOGETHER]
+        seconds = measure_in_turn(net, [UNCHANGED, *changed], rounds)
+        found |= {name: {"changed": seconds[name], "unchanged": seconds[UNCHANGED]} for name in changed}
+        print(net, {name: round(value, 3) for name, value in seconds.items()}, flush=True)
+    return found
 
-    Two processes start at a time; idle ones wait for a line and take no time from the one whose turn it is.
-    """
+
+def measure_in_turn(net: str, settings: list[str], rounds: int) -> dict[str, float]:
+    """Medians of the seconds of a step. While one process makes its step, the others wait and take no time."""
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     workers: dict[str, subprocess.Popen[str]] = {}
-    for setting in SETTINGS:
-        threads = {"OMP_NUM_THREADS": "1"} if setting == "one thread" else {}
-        workers[setting] = subprocess.Popen(
-            [sys.executable, __file__, "--work", net, setting],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**environment, **threads},
-        )
-        if len(workers) % 2 == 0:
-            for worker in list(workers.values())[-2:]:
-                answer(worker)
-    times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
-    for _ in range(rounds):
-        for setting, worker in workers.items():
-            assert worker.stdin is not None
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            times[setting].append(float(answer(worker)))
-    for worker in workers.values():
-        worker.communicate()
-    return {setting: statistics.median(values) for setting, values in times.items()}
+    try:
+        for setting in settings:
+            workers[setting] = subprocess.Popen(
+                [sys.executable, __file__, "--work", net, setting],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**environment, **({"OMP_NUM_THREADS": "1"} if setting == "one thread" else {})},
+            )
+        for worker in workers.values():
+            answer(worker)
+        times: dict[str, list[float]] = {setting: [] for setting in settings}
+        for _ in range(rounds):
+            for setting, worker in workers.items():
+                assert worker.stdin is not None
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                times[setting].append(float(answer(worker)))
+        return {setting: statistics.median(values) for setting, values in times.items()}
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.communicate()
 
 
 def answer(worker: "subprocess.Popen[str]") -> str:
@@ -136,22 +141,24 @@ def answer(worker: "subprocess.Popen[str]") -> str:
 
 
 def page(found: dict[str, Any]) -> str:
-    environment, seconds = found["environment"], found["seconds"]
+    environment, nets = found["environment"], found["seconds"]
     lines = [
         "# Speed of a training step on a CPU",
         "",
-        "What `sequencer2d train` sets up on this machine and prints when it starts, and what each setting is worth:",
-        "seconds of a whole step (augmentation on the batch, forward, backward, update; bf16) with one thing changed,",
-        f"and how many times as long that is. By `{environment['command']}`: each row a process of its own, all",
-        f"in turn, {WARMUP} steps of warm-up, medians of {found['rounds']} rounds, {environment['threads']} threads.",
+        "What `sequencer2d train` sets up on a machine, and says when it starts: seconds of a whole step (augmentation",
+        "of the batch, forward, backward, update; bf16) with one thing changed, and how many times as long that is. By",
+        f"`{environment['command']}`: each setting in a process of its own, {TOGETHER} of them and the unchanged one in",
+        f"turn, {WARMUP} step of warm-up, medians of {found['rounds']} rounds, {environment['threads']} threads.",
         "",
-        "| changed | how | " + " | ".join(f"{net}, {_shape(net)} | ×" for net in seconds) + " |",
-        "| --- | --- |" + " --- | --- |" * len(seconds),
+        "| changed | how | " + " | ".join(f"{net}, {_shape(net)} | ×" for net in nets) + " |",
+        "| --- | --- |" + " --- | --- |" * len(nets),
     ]
     for setting, how in SETTINGS.items():
-        cells = [f"{times[setting]:.3f} | {times[setting] / times['as it is']:.2f}" for times in seconds.values()]
+        cells = []
+        for times in nets.values():
+            changed, unchanged = times[setting]["changed"], times[setting]["unchanged"]
+            cells.append(f"{changed:.3f} | {changed / unchanged:.2f}")
         lines.append(f"| {setting} | {how} | " + " | ".join(cells) + " |")
-    packages = environment["packages"]
     lines += [
         "",
         "Denormals come late in a training, when weights and averages shrink; these nets are new. Compiled are all but",
@@ -159,7 +166,7 @@ def page(found: dict[str, Any]) -> str:
         "are rounded to TF32 and the stem is channels-last besides; that could not be measured here.",
         "",
         f"Commit {environment['commit']}, {environment['cpu']}, {environment['cores']} cores, "
-        f"torch {packages['torch']}.",
+        f"torch {environment['packages']['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 

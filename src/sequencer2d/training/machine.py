@@ -114,7 +114,7 @@ def _allocator() -> str:
         return f"allocator: {kept}"
     if share > 0.5:
         return f"allocator: {kept}, large tensors lie in huge pages"
-    if os.environ["THP_MEM_ALLOC_ENABLE"] != "1":
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         why = "THP_MEM_ALLOC_ENABLE is not 1"
     elif "[never]" in _text(Path("/sys/kernel/mm/transparent_hugepage/enabled")):
         why = "the system has them switched off"
