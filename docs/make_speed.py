@@ -148,7 +148,7 @@ def page(found: dict[str, Any]) -> str:
         "What `sequencer2d train` sets up on a machine, and says when it starts: seconds of a whole step (augmentation",
         "of the batch, forward, backward, update; bf16) with one thing changed, and how many times as long that is. By",
         f"`{environment['command']}`: each setting in a process of its own, {TOGETHER} of them and the unchanged",
-        f"one in turn, {WARMUP} step to warm up, medians of {found['rounds']} rounds, {environment['threads']} threads.",
+        f"one in turn after {WARMUP} step, medians of {found['rounds']} rounds, {environment['threads']} threads.",
         "",
         "| changed | how | " + " | ".join(f"{net}, {_shape(net)} | ×" for net in nets) + " |",
         "| --- | --- |" + " --- | --- |" * len(nets),
