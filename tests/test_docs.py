@@ -63,6 +63,15 @@ def test_the_page_of_models_is_as_generated(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "models" / "attention.svg").exists()
 
 
+@pytest.mark.skipif(not (DOCS / "speed.json").exists(), reason="docs/make_speed.py has not been run yet")
+def test_the_page_of_speed_is_as_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_speed = load_script("make_speed")
+    (tmp_path / "speed.json").write_bytes((DOCS / "speed.json").read_bytes())
+    monkeypatch.setattr(make_speed, "DOCS", tmp_path)
+    make_speed.main(["--page"])
+    assert (tmp_path / "speed.md").read_text() == (DOCS / "speed.md").read_text()
+
+
 def test_every_variant_is_in_the_comparisons_with_the_official_code_and_timm() -> None:
     official = (DOCS / "official.md").read_text()
     for name, variant in VARIANTS.items():

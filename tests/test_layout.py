@@ -16,7 +16,7 @@ SRC = Path(sequencer2d.__file__).parent
 
 TIERS: list[set[str]] = [
     {"native"},
-    {"files", "hub", "layers", "preprocessing"},
+    {"cores", "files", "hub", "layers", "preprocessing"},
     {"model"},
     {"adapters", "flops"},
     {"zoo"},

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from sequencer2d.cores import num_cores
 from sequencer2d.data.duplicates import thumbnail
 from sequencer2d.data.images import ImageError, open_image
 
@@ -137,7 +138,7 @@ def inspect_files(
     Raises:
         RuntimeError: A process died, say because the memory is full. What was yielded before, holds.
     """
-    workers = workers if workers is not None else (0 if len(files) <= ALONE else _num_cores())
+    workers = workers if workers is not None else (0 if len(files) <= ALONE else num_cores())
     chunks = _chunks(root, files)
     for done in _in_processes(root, chunks, workers) if workers else (_inspect(root, chunk) for chunk in chunks):
         yield from done
@@ -179,11 +180,6 @@ def _chunks(root: Path, files: Sequence[str]) -> Iterator[list[str]]:
             chunk, num_bytes = [], 0
     if chunk:
         yield chunk
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -5,10 +5,10 @@ resolved config is what a run saves. (No `slots=True`: jsonargparse reads defaul
 """
 
 import math
-import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from sequencer2d.cores import num_cores
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig, check_range
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 
@@ -83,8 +83,8 @@ class TrainConfig:
     """Passes over the training images, warm-up included, cool-down not."""
     max_minutes: float | None = None
     """Wall-clock budget, validation included; the schedule anneals over it if the epochs would take longer."""
-    batch_size: int = 128
-    """Images per step, of all processes together."""
+    batch_size: int | Literal["auto"] = 128
+    """Images per step, of all processes together; auto: the largest that fits a GPU, the smallest fast one on a CPU."""
     accumulate: int = 1
     """Steps per update of the weights."""
     augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 - frozen
@@ -100,6 +100,8 @@ class TrainConfig:
     """How several processes share the work: each has the whole model, or (fsdp) a part of its weights."""
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: a third of the memory, slower."""
+    compile: bool = False
+    """Compile all but the LSTMs with torch.compile: for GPUs; on CPUs it gains nothing and takes a minute."""
     deterministic: bool = False
     """Refuse operations that give other digits when repeated; on a CPU there are none."""
     skip_nonfinite: int = 0
@@ -127,7 +129,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size={self.image_size} must be at least 1")
@@ -157,6 +159,12 @@ class TrainConfig:
             raise ValueError(f"optim.warmup_epochs={warmup_epochs} is longer than epochs={self.epochs}")
 
     @property
+    def images_per_step(self) -> int:
+        """The batch size of a resolved config."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
+    @property
     def seed_of_split(self) -> int:
         """What the validation images are drawn with, where the data bring none."""
         return self.seed if self.split_seed is None else self.split_seed
@@ -167,10 +175,13 @@ class TrainConfig:
 
 
 def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float) -> TrainConfig:
-    """Fills in every `None` that follows from the model, the image size, the schedule and the machine."""
+    """Fills in every `None` that follows from the model, the image size, the schedule and the machine.
+
+    The batch size must be a number by now.
+    """
     small = image_size <= SMALL_IMAGE_SIZE
     augment, optim = config.augment, config.optim
-    images_per_update = config.batch_size * config.accumulate
+    images_per_update = config.images_per_step * config.accumulate
     progressive = config.progressive
     if progressive.start_size is not None:
         if progressive.start_size > image_size:
@@ -198,11 +209,6 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
         progressive=progressive,
         num_workers=_default(config.num_workers, 0 if small else max(1, num_cores() - 1)),
     )
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _default(value: Any, default: Any) -> Any:

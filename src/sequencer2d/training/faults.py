@@ -57,14 +57,18 @@ def explained(config: TrainConfig, run_dir: Path) -> Iterator[None]:
 
 
 def _out_of_memory(config: TrainConfig, what: str) -> str:
-    if config.batch_size == 1:
+    size = config.images_per_step
+    if size == 1:
         return f"{what} is too small for this model even with one image; take a smaller --model or --image-size"
-    half = config.batch_size // 2
-    same = f" --accumulate {2 * config.accumulate}, which makes the same update," if config.batch_size % 2 == 0 else ""
+    same = (
+        f" --accumulate {2 * config.accumulate}, which makes the same update,"
+        if config.images_per_step % 2 == 0
+        else ""
+    )
     checkpointing = "" if config.grad_checkpointing else " or --grad-checkpointing true"
     return (
-        f"{what} is too small for --batch-size {config.batch_size}; "
-        f"try --batch-size {half}{same}{checkpointing} in another --run-dir"
+        f"{what} is too small for --batch-size {size}; "
+        f"try --batch-size {size // 2}{same}{checkpointing} in another --run-dir"
     )
 
 

@@ -1,4 +1,4 @@
-"""The machine a run is on: its description, the arithmetic it is good at, and the allocator's settings."""
+"""The machine a run is on: set up for training and put back afterwards, its arithmetic, its description."""
 
 import ctypes
 import os
@@ -8,42 +8,165 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from sequencer2d.cores import num_cores
+
+if TYPE_CHECKING:
+    from sequencer2d.training.config import TrainConfig
+    from sequencer2d.training.ranks import Ranks
+
+Precision = Literal["fp32", "bf16", "fp16"]
 
 _HUGE = 2**31 - 1
+_OLD_LIMIT = 2**25
+"""The highest threshold for mmap that glibc took before 2.35."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def tune_allocator() -> None:
+def tune_allocator() -> bool:
     """Keeps freed memory in the process and backs large tensors with huge pages (Linux with glibc).
 
     A training step on the CPU allocates and frees gigabytes; without this, page faults cost as much as a kernel.
-    PyTorch reads its switch at the first allocation, so call this before importing torch.
+    PyTorch reads its switch at the first large allocation, so call this before importing torch. It holds as long as
+    the process.
+
+    Returns:
+        Whether the C library keeps freed memory.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _HUGE)
-        libc.mallopt(_M_TRIM_THRESHOLD, _HUGE)
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    kept = libc.mallopt(_M_MMAP_THRESHOLD, _HUGE) or libc.mallopt(_M_MMAP_THRESHOLD, _OLD_LIMIT)
+    return bool(kept and libc.mallopt(_M_TRIM_THRESHOLD, _HUGE))
 
 
-def set_threads(processes: int) -> str:
-    """Shares the cores among the processes of this machine, and says how many threads each one has.
+@contextmanager
+def settled(config: "TrainConfig", ranks: "Ranks") -> Iterator[tuple[str, ...]]:
+    """Sets this process up for training: threads, denormals, allocator, TF32, determinism. A line tells of each.
 
-    `torchrun` gives each a single thread. Where one process has the machine, OMP_NUM_THREADS or PyTorch decide.
+    Afterwards all is as before but for the allocator, which stays. Call it before tensors are computed with: threads
+    take over whether denormals are flushed when they start.
     """
     import torch
 
-    from sequencer2d.training.config import num_cores
+    with ExitStack() as undo:
+        lines = [set_threads(ranks.local_world_size, undo), _flush_denormals(undo), _allocator()]
+        if torch.cuda.is_available():
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("high")
+            lines += ["TF32: matrix products in fp32 round their factors to 10 bits", "stem: channels-last"]
+        if config.deterministic:
+            _deterministic(undo)
+            lines.append("deterministic: operations that give other digits when repeated are errors")
+        yield tuple(lines)
 
+
+def set_threads(processes: int, undo: ExitStack) -> str:
+    """Shares the cores among the processes of this machine, and says how many threads each one has.
+
+    `torchrun` gives each a single thread. Where one process has the machine, OMP_NUM_THREADS or PyTorch decide; but
+    PyTorch does not know of a container's quota of time, beyond which threads only wait for each other.
+    """
+    import torch
+
+    before, cores = torch.get_num_threads(), num_cores()
     if processes > 1:
-        torch.set_num_threads(max(1, num_cores() // processes))
-    return f"{torch.get_num_threads()} of {num_cores()} cores" + (f" for each of {processes}" if processes > 1 else "")
+        threads = max(1, cores // processes)
+    else:
+        threads = before if "OMP_NUM_THREADS" in os.environ else min(before, cores)
+    if threads != before:
+        undo.callback(torch.set_num_threads, before)
+        torch.set_num_threads(threads)
+    each = f" for each of {processes}" if processes > 1 else ""
+    return f"threads: {threads} of {cores} cores{each}"
 
 
-def choose_precision(wish: str) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
+def _flush_denormals(undo: ExitStack) -> str:
+    """Numbers below 1e-38 count as 0: on a CPU they take a hundred times as long as others."""
+    import torch
+
+    undo.callback(torch.set_flush_denormal, flushes_denormals())
+    if not torch.set_flush_denormal(True):
+        return "denormals: kept, this CPU cannot flush them"
+    if not flushes_denormals(count=2**18 * torch.get_num_threads()):
+        return "denormals: flushed to 0, but not in the threads that PyTorch had started before"
+    return "denormals: flushed to 0"
+
+
+def flushes_denormals(count: int = 1) -> bool:
+    """Whether sums of so many denormals are 0: a few are computed in this thread, very many in all of PyTorch's."""
+    import torch
+
+    denormals = torch.full((count,), 700_000, dtype=torch.int32).view(torch.float32)  # 1e-39
+    return not (denormals + denormals).view(torch.int32).any()
+
+
+def _allocator() -> str:
+    kept = "freed memory is kept" if tune_allocator() else "freed memory goes back to the system"
+    share = _huge_page_share()
+    if share is None or sys.platform != "linux":
+        return f"allocator: {kept}"
+    if share > 0.5:
+        return f"allocator: {kept}, large tensors lie in huge pages"
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
+        why = "THP_MEM_ALLOC_ENABLE is not 1"
+    elif "[never]" in _text(Path("/sys/kernel/mm/transparent_hugepage/enabled")):
+        why = "the system has them switched off"
+    else:
+        why = "PyTorch had memory before they were switched on (THP_MEM_ALLOC_ENABLE=1) or they are short"
+    return f"allocator: {kept}, no huge pages: {why}"
+
+
+def _huge_page_share(num_bytes: int = 2**25) -> float | None:
+    """Part of a new tensor that lies in huge pages, or None where the system does not tell."""
+    import torch
+
+    tensor = torch.ones(num_bytes, dtype=torch.uint8)
+    middle = tensor.data_ptr() + num_bytes // 2
+    inside = False
+    for line in _text(Path("/proc/self/smaps")).splitlines():
+        name, *rest = line.split()
+        if not name.endswith(":"):  # the head of a range of addresses
+            start, _, end = name.partition("-")
+            inside = int(start, 16) <= middle < int(end, 16)
+        elif inside and name == "AnonHugePages:":
+            return min(1.0, 1024 * int(rest[0]) / num_bytes)
+    return None
+
+
+def _text(path: Path) -> str:
+    """A file of the system's, empty where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _deterministic(undo: ExitStack) -> None:
+    import torch
+
+    cudnn = torch.backends.cudnn
+    undo.callback(
+        torch.use_deterministic_algorithms,
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
+    undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        undo.callback(os.environ.pop, "CUBLAS_WORKSPACE_CONFIG", None)
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS and cuDNN's LSTMs ask for
+    torch.use_deterministic_algorithms(True)
+    cudnn.deterministic, cudnn.benchmark = True, False
+
+
+def choose_precision(wish: str) -> tuple[Precision, str]:
     """The precision to train in, and why.
 
     `auto` takes, on a GPU, bf16 or else fp16; on a CPU, bf16 if one LSTM and one linear layer are faster in it
@@ -89,6 +212,18 @@ def _bf16_speedup() -> float:
 
     times = [(step(False), step(True)) for _ in range(6)][1:]
     return statistics.median(fp32 for fp32, _ in times) / statistics.median(bf16 for _, bf16 in times)
+
+
+def describe_optimizer(name: str, precision: Precision) -> str:
+    """Which kernels update the weights, for people."""
+    if name == "muon":
+        return "optimizer: Muon, matrices of one shape together"
+    return f"optimizer: AdamW, {'fused' if fuses_adamw(precision) else 'not fused: fp16 gradients are clipped first'}"
+
+
+def fuses_adamw(precision: Precision) -> bool:
+    """Whether AdamW is one kernel; fused, it would unscale fp16 gradients only after the clipping."""
+    return precision != "fp16"
 
 
 def describe_machine() -> dict[str, Any]:

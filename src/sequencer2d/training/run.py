@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -30,6 +30,7 @@ from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_im
 from sequencer2d.files import remove_unfinished, write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
+from sequencer2d.training.batch_size import SMALLEST, find_batch_size
 from sequencer2d.training.callbacks import Checkpoints, JsonLinesLogger, StopRequested, TrainingProgress
 from sequencer2d.training.checkpoints import (
     CheckpointError,
@@ -40,23 +41,31 @@ from sequencer2d.training.checkpoints import (
     newest_checkpoint,
     updates_of,
 )
+from sequencer2d.training.compilation import check_compiler, compile_regions
 from sequencer2d.training.config import TrainConfig, resolve
 from sequencer2d.training.distillation import Teacher, load_teacher
 from sequencer2d.training.early_stopping import StopWithoutImprovement
 from sequencer2d.training.faults import explained, load_fault
 from sequencer2d.training.finetune import follow_weights, freeze
+from sequencer2d.training.finetune_config import ProgressiveConfig
 from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
-from sequencer2d.training.machine import choose_precision, describe_machine, set_threads, tune_allocator
+from sequencer2d.training.machine import (
+    Precision,
+    choose_precision,
+    describe_machine,
+    describe_optimizer,
+    settled,
+    tune_allocator,
+)
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.recipes import config_from_yaml
-from sequencer2d.training.task import SequencerTask
+from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
 from sequencer2d.visualize.report import Sample, write_report
 from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
 from sequencer2d.zoo import create_model, get_variant
 
 log = logging.getLogger("sequencer2d")
 
-_LIGHTNING_PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 _MAY_CHANGE = {
     "run_dir", "resume", "num_workers", "log_every", "data_root", "loggers", "checkpoint_minutes", "keep_checkpoints",
     "strategy",
@@ -94,7 +103,7 @@ def train(config: TrainConfig) -> TrainResult:
         BlockingIOError: Another process is training in the run folder.
         CheckpointError: No checkpoint of the run is whole.
         TrainingError: Training broke off, by numbers out of range, for want of memory or disk, or because a process
-            died; the message says what to do.
+            died, or it could not begin for want of memory or a compiler; the message says what to do.
         OSError: The run folder cannot be written to.
     """
     tune_allocator()
@@ -103,10 +112,17 @@ def train(config: TrainConfig) -> TrainResult:
     if resumed_from:
         config = _of_same_run(_load_config(_run_of(resumed_from)), config)
     check_loggers(config.loggers)
+    with settled(config, ranks) as settings:
+        return _train(config, ranks, settings, resumed_from)
+
+
+def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed_from: Path | None) -> TrainResult:
     data = ranks.first_then_others(lambda: _load_data(config))
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
-    config = ranks.of_first(lambda: _resolve(config, data))
+    if config.compile:
+        check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    config = ranks.of_first(lambda: _resolve(config, data, ranks.world_size))
     run_dir = ranks.of_first(lambda: _run_of(resumed_from) if resumed_from else _choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
@@ -120,10 +136,12 @@ def train(config: TrainConfig) -> TrainResult:
     if len(run.images("train")) < 2 or not len(run.images("val")):
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
     model = run.create_model()
-    log.info(set_threads(ranks.local_world_size))
     teacher = load_teacher(config.distill, data.class_names)
-    precision = ranks.of_first(lambda: _precision(config, run_dir))
+    for line in settings:
+        log.info("%s", line)
+    precision: Precision = ranks.of_first(lambda: _precision(config, run_dir))
     run = replace(run, config=replace(config, precision=precision))
+    log.info("%s", describe_optimizer(config.optim.optimizer, precision))
     with _locked(run_dir, ranks), explained(config, run_dir):
         checkpoint = ranks.of_first(lambda: _checkpoint(run_dir, resumed_from))
         if ranks.is_first:
@@ -245,14 +263,58 @@ def _load_data(config: TrainConfig) -> ImageData:
     return load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed_of_split)
 
 
-def _resolve(config: TrainConfig, data: ImageData) -> TrainConfig:
+def _resolve(config: TrainConfig, data: ImageData, num_processes: int = 1) -> TrainConfig:
     config = follow_weights(config)
     name = config.model if config.model != "auto" else _default_model(data)
     variant = get_variant(name)
     image_size = config.image_size or variant.image_size
     small = image_size <= SMALL_IMAGE_SIZE
     crop_pct = config.crop_pct or (1.0 if small else variant.crop_pct)
-    return resolve(config, model=name, image_size=image_size, crop_pct=crop_pct)
+
+    def resolved(batch_size: int) -> TrainConfig:
+        numbered = replace(config, batch_size=batch_size)
+        return resolve(numbered, model=name, image_size=image_size, crop_pct=crop_pct)
+
+    if config.batch_size != "auto":
+        return resolved(config.batch_size)
+    for saved in _configs_of_begun_runs(config, data.name, name):
+        begun = resolved(saved.images_per_step)
+        if not _changed_fields(saved, begun):
+            return begun
+    return resolved(_find_batch_size(resolved(SMALLEST), data, num_processes))
+
+
+def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str) -> Iterator[TrainConfig]:
+    """Of the runs that a config may be meant to continue, which have found their batch size."""
+    stem = f"runs/{data_name}-{model_name}"
+    for run_dir in map(Path, [config.run_dir] if config.run_dir else _numbered(stem)):
+        if (run_dir / "config.yaml").exists():
+            yield _load_config(run_dir)
+        elif not run_dir.exists():
+            return
+
+
+def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -> int:
+    """For all processes together, by trying in this one."""
+    classes = len(data.class_names)
+    model = create_model(config.model, **{"num_classes": classes, **config.model_args})
+    freeze(model, config.finetune.freeze)
+    _prepare(model, config)
+    teacher = load_teacher(config.distill, data.class_names)
+    if teacher and torch.cuda.is_available():
+        teacher.model.cuda()
+    at_full_size = replace(config, progressive=ProgressiveConfig())
+    task = SequencerTask(model, at_full_size, _preprocessing(config), 1, teacher)
+    precision, _ = choose_precision(config.precision)
+    found = find_batch_size(task, precision, num_images=len(data.train) // num_processes)
+    return found.batch_size * num_processes
+
+
+def _prepare(model: Sequencer2D, config: TrainConfig) -> None:
+    if torch.cuda.is_available():  # cuDNN's convolutions read and write this order fastest
+        model.stem.to(memory_format=torch.channels_last)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
 
 
 def _left_out(run_dir: Path, data: ImageData, *, resumed: bool) -> dict[str, str]:
@@ -307,8 +369,7 @@ def _choose_run_dir(config: TrainConfig, data_name: str) -> Path:
                 raise ValueError(f"{run_dir} holds an unfinished run {why}; give another --run-dir")
         return run_dir
     stem = f"runs/{data_name}-{config.model}"
-    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-    for run_dir in map(Path, names):
+    for run_dir in map(Path, _numbered(stem)):
         if not run_dir.exists():
             return run_dir
         stopped = (run_dir / "config.yaml").exists() and not (run_dir / "result.json").exists()
@@ -316,6 +377,11 @@ def _choose_run_dir(config: TrainConfig, data_name: str) -> Path:
             with suppress(BlockingIOError), _locked(run_dir, Ranks()):
                 return run_dir
     raise AssertionError("names do not end")
+
+
+def _numbered(stem: str) -> Iterator[str]:
+    """stem, stem-2, stem-3, …"""
+    return itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
 
 
 @contextmanager
@@ -354,7 +420,7 @@ def _checkpoint(run_dir: Path, asked_for: Path | None) -> Path | None:
     return asked_for
 
 
-def _precision(config: TrainConfig, run_dir: Path) -> Literal["fp32", "bf16", "fp16"]:
+def _precision(config: TrainConfig, run_dir: Path) -> Precision:
     """The precision to train in; a run that goes on has the one that it began with, however a probe may turn out."""
     begun = (run_dir / "config.yaml").exists() and _load_config(run_dir).precision
     wish = begun or config.precision
@@ -398,7 +464,7 @@ def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
 
 
 def _fit(
-    run: _Run, model: Sequencer2D, teacher: Teacher | None, precision: str, checkpoint: Path | None
+    run: _Run, model: Sequencer2D, teacher: Teacher | None, precision: Precision, checkpoint: Path | None
 ) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
     config, ranks = run.config, run.ranks
@@ -412,19 +478,21 @@ def _fit(
     train_loader = TrainLoader(
         train_images,
         TrainTransform(config.augment, run.preprocessing),
-        batch_size=config.batch_size,
+        batch_size=config.images_per_step,
         seed=config.seed,
         **share,
     )
-    val_batch = -(-config.batch_size // ranks.world_size)
+    val_batch = -(-config.images_per_step // ranks.world_size)
     val_loader = eval_loader(val_images, EvalTransform(run.preprocessing), batch_size=val_batch, **share)
     if ranks.world_size > 1:
         share_batch_norms(model)
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing()
+    _prepare(model, config)
     task = SequencerTask(
         model, config, run.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
     )
+
+    if config.compile:
+        log.info("compile: %d modules, at the first batch", compile_regions(model, stem=ranks.world_size == 1))
 
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
         if not ranks.is_first:
@@ -455,7 +523,7 @@ def _fit(
             num_nodes=ranks.num_nodes,
             strategy=_strategy(config, ranks),
             use_distributed_sampler=False,
-            precision=_LIGHTNING_PRECISION[precision],
+            precision=LIGHTNING_PRECISION[precision],
             max_epochs=-1,
             max_steps=task.clock.total_updates,
             accumulate_grad_batches=config.accumulate,
@@ -472,7 +540,6 @@ def _fit(
                 Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
             ],
         )
-        torch.set_flush_denormal(True)
         try:
             trainer.fit(
                 task,
@@ -484,7 +551,6 @@ def _fit(
         except StopRequested:
             return task, True
         finally:
-            torch.set_flush_denormal(False)  # as it is by default
             close_loggers(loggers)
     return task, False
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from sequencer2d.files import write_atomic
 from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.recipes import config_from_yaml
 from sequencer2d.training.run import finished_run, train
 
 log = logging.getLogger("sequencer2d")
@@ -105,6 +106,8 @@ def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> SeedsResult:
                 return result
             ended = finished_run(of_seed)
             assert ended is not None
+        if config.batch_size == "auto":  # which is found once, for all
+            config = replace(config, batch_size=config_from_yaml(run_dir / f"seed-{seed}" / "config.yaml").batch_size)
         runs = (*result.runs, _seed_run(seed, ended))
         result = SeedsResult(run_dir=run_dir, runs=runs, finished=len(runs) == len(seeds))
         write_atomic(run_dir / "seeds.json", json.dumps(result.to_dict(), indent=2))

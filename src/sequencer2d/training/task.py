@@ -24,12 +24,17 @@ from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.distillation import Teacher
 from sequencer2d.training.faults import TrainingError, keep_fault
 from sequencer2d.training.finetune import scale_by_layer
+from sequencer2d.training.machine import Precision, fuses_adamw
 from sequencer2d.training.muon import Muon, muon_groups
 from sequencer2d.training.progressive import resized, size_in
 from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.schedule import Clock, learning_rate
 
 log = logging.getLogger("sequencer2d")
+
+LIGHTNING_PRECISION: dict[Precision, Any] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+"""Lightning's names of our precisions."""
+_PRECISION: dict[str, Precision] = {name: precision for precision, name in LIGHTNING_PRECISION.items()}
 
 
 class SequencerTask(pl.LightningModule):
@@ -109,16 +114,19 @@ class SequencerTask(pl.LightningModule):
         return self.images_seen / (time.monotonic() - self.epoch_started)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(_PRECISION[str(self.trainer.precision)])
+
+    def make_optimizer(self, precision: Precision) -> torch.optim.Optimizer:
         """Norms and biases are not decayed. The learning rate is set before every update."""
         optim, undecayed = self.config.optim, self.model.no_weight_decay()
         if optim.optimizer == "muon":
             groups = muon_groups(self.model, optim.weight_decay, undecayed)
             groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
-            dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else torch.float32
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             return Muon(groups, optim.learning_rate or 0.0, momentum=optim.momentum, betas=optim.betas, dtype=dtype)
         groups = param_groups_weight_decay(self.model, optim.weight_decay, no_weight_decay_list=undecayed)
         groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
-        fused = self.trainer.precision != "16-mixed"  # fused, it unscales fp16 gradients only after the clipping
+        fused = fuses_adamw(precision)
         return torch.optim.AdamW(groups, lr=optim.learning_rate or 0.0, betas=optim.betas, fused=fused)
 
     def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **options: Any) -> None:

@@ -1,0 +1,161 @@
+"""The machine is set up for training, says so once, and is put back afterwards."""
+
+import logging
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runs import tiny_run
+from sequencer2d.training import machine
+from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.machine import flushes_denormals, set_threads, settled
+from sequencer2d.training.ranks import Ranks
+from sequencer2d.training.run import train
+from sequencer2d.training.task import SequencerTask
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def state() -> dict[str, Any]:
+    """All that `settled` may change but for the allocator."""
+    return {
+        "threads": torch.get_num_threads(),
+        "flushes": flushes_denormals(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn.deterministic": torch.backends.cudnn.deterministic,
+        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "tf32": torch.get_float32_matmul_precision(),
+    }
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch says that there is one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_everything_is_set_and_put_back_even_after_an_error(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "num_cores", lambda: 6)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    before = state()
+    config = TrainConfig(deterministic=True)
+    inside: list[dict[str, Any]] = []
+
+    def fail() -> None:
+        with settled(config, Ranks(world_size=1, local_world_size=2)):
+            inside.append(state())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert inside == [
+        {
+            "threads": 3,
+            "flushes": True,
+            "deterministic": True,
+            "cudnn.deterministic": True,
+            "cudnn.benchmark": False,
+            "cublas": ":4096:8",
+            "tf32": "high",
+        }
+    ]
+    assert state() == before
+    with settled(replace(config, deterministic=False), Ranks()):
+        assert state() == {**before, "flushes": True, "tf32": "high"}
+
+
+def test_without_a_gpu_products_in_fp32_are_exact() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with settled(TrainConfig(), Ranks()) as lines:
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert not any("TF32" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("before", "cores", "processes", "asked_for", "threads"),
+    [
+        (4, 2, 1, False, 2),  # a quota that PyTorch does not know of
+        (1, 2, 1, False, 1),
+        (4, 2, 1, True, 4),  # OMP_NUM_THREADS is the user's word
+        (1, 8, 2, True, 4),  # but torchrun sets it, too
+        (1, 2, 3, True, 1),
+    ],
+)
+def test_threads_follow_the_cores(
+    before: int, cores: int, processes: int, asked_for: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if asked_for:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machine, "num_cores", lambda: cores)
+    at_first = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before)
+        with ExitStack() as undo:
+            line = set_threads(processes, undo)
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(at_first)
+    assert line == f"threads: {threads} of {cores} cores" + (f" for each of {processes}" if processes > 1 else "")
+
+
+def lines_after(program: str) -> str:
+    """What `settled` says in a process of two threads that has run a program before."""
+    program += """
+from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.machine import settled
+from sequencer2d.training.ranks import Ranks
+with settled(TrainConfig(), Ranks()) as lines:
+    print(*lines, sep="\\n")
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment.pop("THP_MEM_ALLOC_ENABLE", None)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+def test_lines_tell_what_took_effect() -> None:
+    first = lines_after("from sequencer2d.training.machine import tune_allocator; tune_allocator()")
+    assert "denormals: flushed to 0\n" in first
+    if HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text():
+        assert "allocator: freed memory is kept, large tensors lie in huge pages\n" in first
+    late = lines_after("import torch; torch.ones(2**24).exp()")
+    assert "denormals: flushed to 0, but not in the threads that PyTorch had started before\n" in late
+    if HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
+        assert "no huge pages: PyTorch had memory before they were switched on" in late
+
+
+def test_a_training_settles_the_machine_and_says_each_setting_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    original = SequencerTask.training_step
+
+    def training_step(self: SequencerTask, *arguments: Any) -> Any:
+        seen.append(state())
+        return original(self, *arguments)
+
+    monkeypatch.setattr(SequencerTask, "training_step", training_step)
+    before = state()
+    with caplog.at_level(logging.INFO):
+        train(replace(tiny_run(tmp_path), epochs=1, deterministic=True))
+    assert state() == before
+    assert all(during["flushes"] and during["deterministic"] for during in seen)
+    for setting in ("threads", "denormals", "allocator", "precision fp32", "optimizer", "deterministic"):
+        assert [message.startswith(f"{setting}:") for message in caplog.messages].count(True) == 1, setting
+    assert "optimizer: AdamW, fused" in caplog.messages
