@@ -49,6 +49,7 @@ from sequencer2d.training.loggers import check_loggers, close_loggers, make_logg
 from sequencer2d.training.machine import choose_precision, describe_machine, set_threads, tune_allocator
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.recipes import config_from_yaml
+from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_model
 from sequencer2d.training.task import SequencerTask
 from sequencer2d.visualize.report import Sample, write_report
 from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
@@ -103,6 +104,7 @@ def train(config: TrainConfig) -> TrainResult:
     if resumed_from:
         config = _of_same_run(_load_config(_run_of(resumed_from)), config)
     check_loggers(config.loggers)
+    is_to_shard(config, ranks)
     data = ranks.first_then_others(lambda: _load_data(config))
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
@@ -407,6 +409,7 @@ def _fit(
     )
 
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
+        best = whole_model(task.evaluated_model)
         if not ranks.is_first:
             return
         results = {
@@ -416,7 +419,6 @@ def _fit(
             "updates": int(metrics["updates"]),
             "minutes": task.clock.elapsed_s / 60,
         }
-        best = task.evaluated_model
         save_model(best, run.card(best, results), run.run_dir / "model.safetensors")
 
     metrics_file = JsonLinesLogger(run.run_dir / "metrics.jsonl")
@@ -435,6 +437,7 @@ def _fit(
             num_nodes=ranks.num_nodes,
             strategy=_strategy(config, ranks),
             use_distributed_sampler=False,
+            inference_mode=not task.sharded,  # what is gathered in it could not be trained with
             precision=_LIGHTNING_PRECISION[precision],
             max_epochs=-1,
             max_steps=task.clock.total_updates,
@@ -466,12 +469,15 @@ def _fit(
         finally:
             torch.set_flush_denormal(False)  # as it is by default
             close_loggers(loggers)
+    task.put_together()
     return task, False
 
 
 def _strategy(config: TrainConfig, ranks: Ranks) -> Any:
     if ranks.world_size == 1:
         return "auto"
+    if is_to_shard(config, ranks):
+        return ShardedStrategy()
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # batch norms are equal on all ranks
 
 
