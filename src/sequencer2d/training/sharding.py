@@ -34,7 +34,9 @@ def is_to_shard(config: TrainConfig, ranks: Ranks) -> bool:
             "take --strategy ddp or --optim.optimizer adamw"
         )
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise ValueError(f"strategy=fsdp needs PyTorch 2.8, not {torch.__version__}; update it or take --strategy ddp")
+        raise ValueError(
+            f"strategy=fsdp needs a newer PyTorch than {torch.__version__}; update it or take --strategy ddp"
+        )
     return True
 
 
@@ -57,7 +59,7 @@ class ShardedStrategy(DDPStrategy):
         return self._of_first(super().lightning_module_state_dict())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        saved = super().optimizer_state(optimizer)
+        saved: dict[str, Any] = super().optimizer_state(optimizer)
         return {**saved, "state": {number: self._of_first(state) for number, state in saved["state"].items()}}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -93,7 +95,7 @@ def _leave_apart() -> None:
 
 def whole_tensor(value: Any) -> Any:
     """A divided tensor put together on the CPU, for which all ranks must call this; anything else as it is."""
-    return value.detach().full_tensor().cpu() if isinstance(value, DTensor) else value
+    return value.full_tensor().detach().cpu() if isinstance(value, DTensor) else value
 
 
 def whole_model(model: Sequencer2D) -> Sequencer2D:

@@ -250,7 +250,7 @@ class SequencerTask(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.validation_started = time.monotonic()
         if self.sharded:
-            own = self.trainer.num_val_batches[0]
+            own = int(self.trainer.num_val_batches[0])
             self.last_batch, self.missing_batches = own - 1, int(self.ranks.highest(own)) - own
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
