@@ -104,7 +104,7 @@ def train(config: TrainConfig) -> TrainResult:
     if resumed_from:
         config = _of_same_run(_load_config(_run_of(resumed_from)), config)
     check_loggers(config.loggers)
-    is_to_shard(config, ranks)
+    is_to_shard(config, ranks)  # or says why not, before anything is written
     data = ranks.first_then_others(lambda: _load_data(config))
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
