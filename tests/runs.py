@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sequencer2d.training.checkpoints import newest_checkpoint
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
@@ -62,6 +64,18 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     """The metrics of a run but for those that a clock makes."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in ("elapsed_s", "images_per_s")} for line in lines]
+
+
+def assert_same(run_dir: Path, other: Path) -> None:
+    """The same curves and weights within what the order of a sum makes of single precision."""
+    ours, theirs = rows(run_dir), rows(other)
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(two, rel=2e-4), (one, two)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (run_dir, other))
+    # All weights together: AdamW makes a whole step of a gradient that is nothing but rounding.
+    ours, theirs = (torch.cat([values[name].flatten() for name in expected]) for values in (weights, expected))
+    assert (ours - theirs).norm() < 5e-3 * theirs.norm()
 
 
 def last_checkpoint(run_dir: Path) -> Path:

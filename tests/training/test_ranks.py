@@ -10,46 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from jobs import Job
-from runs import make_images, rows
+from runs import assert_same
 from sequencer2d.data.catalog import load_data
 from sequencer2d.data.loaders import ShuffledBatches
 from sequencer2d.data.shards import write_shards
 from sequencer2d.training.ranks import Ranks
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> dict[str, Any]:
-    """All that is drawn at random but what each rank draws for itself; batches that do not divide evenly."""
-    return {
-        "model": "sequencer2d_conv_p_patch2_16",
-        "model_args": {"layers": [1, 1], "embed_dims": [8, 8], "hidden_sizes": [2, 2], "stem_widths": [8]},
-        "data": str(make_images(tmp_path / "colours")),
-        "val_fraction": 0.25,
-        "epochs": 3,
-        "batch_size": 7,
-        "accumulate": 2,
-        "augment": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "random_erasing": 0.5},
-        "optim": {"learning_rate": 1e-2, "warmup_epochs": 1, "ema_decay": 0.9, "clip_grad_norm": 1.0},
-        "precision": "fp32",
-        "log_every": 1,
-        "run_dir": str(tmp_path / "run"),
-    }
-
-
-def assert_same(run_dir: Path, other: Path) -> None:
-    """The same curves and weights within what the order of a sum makes of single precision."""
-    ours, theirs = rows(run_dir), rows(other)
-    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
-    for one, two in zip(ours, theirs, strict=True):
-        assert one == pytest.approx(two, rel=2e-4), (one, two)
-    weights, expected = (load_file(folder / "model.safetensors") for folder in (run_dir, other))
-    # All weights together: AdamW makes a whole step of a gradient that is nothing but rounding.
-    ours, theirs = (torch.cat([values[name].flatten() for name in expected]) for values in (weights, expected))
-    assert (ours - theirs).norm() < 5e-3 * theirs.norm()
 
 
 def test_two_ranks_train_as_one(recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ from sequencer2d.training.machine import (
 )
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.recipes import config_from_yaml
+from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_model
 from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
 from sequencer2d.visualize.report import Sample, write_report
 from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
@@ -112,6 +113,7 @@ def train(config: TrainConfig) -> TrainResult:
     if resumed_from:
         config = _of_same_run(_load_config(_run_of(resumed_from)), config)
     check_loggers(config.loggers)
+    is_to_shard(config, ranks)  # or says why not, before anything is written
     with settled(config, ranks) as settings:
         return _train(config, ranks, settings, resumed_from)
 
@@ -495,6 +497,7 @@ def _fit(
         log.info("compile: %d modules, at the first batch", compile_regions(model, stem=ranks.world_size == 1))
 
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:
+        best = whole_model(task.evaluated_model)
         if not ranks.is_first:
             return
         results = {
@@ -504,7 +507,6 @@ def _fit(
             "updates": int(metrics["updates"]),
             "minutes": task.clock.elapsed_s / 60,
         }
-        best = task.evaluated_model
         save_model(best, run.card(best, results), run.run_dir / "model.safetensors")
 
     metrics_file = JsonLinesLogger(run.run_dir / "metrics.jsonl")
@@ -523,6 +525,7 @@ def _fit(
             num_nodes=ranks.num_nodes,
             strategy=_strategy(config, ranks),
             use_distributed_sampler=False,
+            inference_mode=not task.sharded,  # what is gathered in it could not be trained with
             precision=LIGHTNING_PRECISION[precision],
             max_epochs=-1,
             max_steps=task.clock.total_updates,
@@ -552,12 +555,15 @@ def _fit(
             return task, True
         finally:
             close_loggers(loggers)
+    task.put_together()
     return task, False
 
 
 def _strategy(config: TrainConfig, ranks: Ranks) -> Any:
     if ranks.world_size == 1:
         return "auto"
+    if is_to_shard(config, ranks):
+        return ShardedStrategy()
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)  # batch norms are equal on all ranks
 
 

@@ -29,6 +29,7 @@ from sequencer2d.training.muon import Muon, muon_groups
 from sequencer2d.training.progressive import resized, size_in
 from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.schedule import Clock, learning_rate
+from sequencer2d.training.sharding import is_to_shard, whole_model, whole_tensor
 
 log = logging.getLogger("sequencer2d")
 
@@ -71,10 +72,11 @@ class SequencerTask(pl.LightningModule):
         self.teacher = teacher
         self.ranks = ranks
         self.faults = faults
+        self.sharded = is_to_shard(config, ranks)
         self.stride = math.prod(model.config.patch_sizes)
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
         ema_decay, ema_warmup = config.optim.ema_decay, config.optim.ema_warmup
-        self.ema = ModelEmaV3(model, ema_decay, use_warmup=ema_warmup) if ema_decay else None
+        self.ema = ModelEmaV3(model, ema_decay, use_warmup=ema_warmup, foreach=not self.sharded) if ema_decay else None
         if self.ema:
             self.ema.requires_grad_(False)
         self.total_epochs = config.epochs + config.optim.cooldown_epochs
@@ -139,7 +141,8 @@ class SequencerTask(pl.LightningModule):
         scaled = self.trainer.precision == "16-mixed"  # there the loss scaler skips such updates by itself
         if scaled and limit is None:
             return
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
         if not scaled and not torch.isfinite(norm):
             self.on_nonfinite(optimizer, norm.item())
         elif limit is not None:
@@ -164,7 +167,8 @@ class SequencerTask(pl.LightningModule):
                 "num_classes": self.model.config.num_classes,
                 "batches_per_epoch": self.batches_per_epoch,
             }
-            where += f", kept in {keep_fault(self.faults, model=self.model, batches=self.batches, facts=facts)}"
+            model = whole_model(self.model)
+            where += f", kept in {keep_fault(self.faults, model=model, batches=self.batches, facts=facts)}"
         if self.nonfinite_updates >= self.config.skip_nonfinite:
             raise TrainingError(
                 f"numbers ran out of range at {where}; lower --optim.learning-rate (now {rate:.2g}), set "
@@ -253,6 +257,9 @@ class SequencerTask(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.validation_started = time.monotonic()
+        if self.sharded:
+            own = int(self.trainer.num_val_batches[0])
+            self.last_batch, self.missing_batches = own - 1, int(self.ranks.highest(own)) - own
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.note_skipped(batch)
@@ -261,12 +268,29 @@ class SequencerTask(pl.LightningModule):
             loss = F.cross_entropy(logits, batch.labels).nan_to_num(nan=math.inf)  # the mean would leave it out
             self.val_loss.update(loss, weight=len(logits))
             self.val_accuracy.update(logits, batch.labels)
+        elif self.sharded:
+            self.take_part()
+        if self.sharded and batch_idx == self.last_batch:  # the metrics are summed up before the end of the epoch
+            for _ in range(self.missing_batches):
+                self.take_part()
         self.log("val_loss", self.val_loss, on_epoch=True)
         self.log("valid_acc", self.val_accuracy, on_epoch=True, prog_bar=True)
+
+    def take_part(self) -> None:
+        """A pass over a blank image by a rank without images of its own: the others gather weights from it, too."""
+        side = self.preprocessing.image_size
+        blank_image = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self.device)
+        self.evaluated_model(normalize(blank_image, self.preprocessing))
 
     def on_validation_epoch_end(self) -> None:
         self.clock.reserve_s = self.ranks.highest(time.monotonic() - self.validation_started)
         self.log_position()
+
+    def put_together(self) -> None:
+        """After the training: weights that the ranks have divided are whole on each again."""
+        self.model = whole_model(self.model)
+        if self.ema:
+            self.ema.module = whole_model(self.evaluated_model)
 
     def log_position(self) -> None:
         """Where in the run a row of metrics stands."""
