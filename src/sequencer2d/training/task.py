@@ -76,6 +76,7 @@ class SequencerTask(pl.LightningModule):
         self.stride = math.prod(model.config.patch_sizes)
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
         ema_decay, ema_warmup = config.optim.ema_decay, config.optim.ema_warmup
+        # `foreach` takes no mixture of divided weights and whole buffers
         self.ema = ModelEmaV3(model, ema_decay, use_warmup=ema_warmup, foreach=not self.sharded) if ema_decay else None
         if self.ema:
             self.ema.requires_grad_(False)
