@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from jobs import Job
-from runs import assert_same
+from runs import assert_same, rows
 from sequencer2d.data.catalog import load_data
 from sequencer2d.data.loaders import ShuffledBatches
 from sequencer2d.data.shards import write_shards

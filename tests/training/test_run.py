@@ -226,7 +226,7 @@ def test_a_run_that_goes_on_keeps_its_config_and_precision(
     with monkeypatch.context() as patch:
         patch.setattr(machine, "_bf16_speedup", lambda: 0.5)
         stop_at(patch, 3)
-        assert not train(TrainConfig(resume=str(run_dir), log_every=7)).finished
+        assert not train(TrainConfig(resume=str(run_dir), log_every=7, batch_size="auto")).finished
         saved = yaml.safe_load((run_dir / "config.yaml").read_text())
         assert (saved["precision"], saved["log_every"]) == ("bf16", 7)
         assert train(replace(config, log_every=7)).finished

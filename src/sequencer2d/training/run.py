@@ -5,7 +5,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
@@ -27,18 +25,14 @@ from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
-from sequencer2d.files import remove_unfinished, write_atomic
+from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.batch_size import SMALLEST, find_batch_size
 from sequencer2d.training.callbacks import Checkpoints, JsonLinesLogger, StopRequested, TrainingProgress
 from sequencer2d.training.checkpoints import (
-    CheckpointError,
     CheckpointFolder,
     find_checkpoints,
-    go_back_to,
-    is_whole,
-    newest_checkpoint,
     updates_of,
 )
 from sequencer2d.training.compilation import check_compiler, compile_regions
@@ -58,7 +52,16 @@ from sequencer2d.training.machine import (
     tune_allocator,
 )
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
-from sequencer2d.training.recipes import config_from_yaml
+from sequencer2d.training.run_folder import (
+    changed_fields,
+    checkpoint_of,
+    choose_run_dir,
+    load_run_config,
+    locked,
+    numbered,
+    of_same_run,
+    run_of,
+)
 from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_model
 from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
 from sequencer2d.visualize.report import Sample, write_report
@@ -67,11 +70,6 @@ from sequencer2d.zoo import create_model, get_variant
 
 log = logging.getLogger("sequencer2d")
 
-_MAY_CHANGE = {
-    "run_dir", "resume", "num_workers", "log_every", "data_root", "loggers", "checkpoint_minutes", "keep_checkpoints",
-    "strategy",
-}  # fmt: skip
-"""Fields that a continued run may have otherwise than the stopped one."""
 _NUM_SAMPLES = 24
 
 
@@ -111,7 +109,7 @@ def train(config: TrainConfig) -> TrainResult:
     ranks = join_ranks()
     resumed_from = None if config.resume in ("auto", "never") else Path(config.resume)
     if resumed_from:
-        config = _of_same_run(_load_config(_run_of(resumed_from)), config)
+        config = of_same_run(load_run_config(run_of(resumed_from)), config)
     check_loggers(config.loggers)
     is_to_shard(config, ranks)  # or says why not, before anything is written
     with settled(config, ranks) as settings:
@@ -125,7 +123,7 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     if config.compile:
         check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     config = ranks.of_first(lambda: _resolve(config, data, ranks.world_size))
-    run_dir = ranks.of_first(lambda: _run_of(resumed_from) if resumed_from else _choose_run_dir(config, data.name))
+    run_dir = ranks.of_first(lambda: run_of(resumed_from) if resumed_from else choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
     begun = bool(find_checkpoints(run_dir / "checkpoints"))
@@ -144,8 +142,8 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     precision: Precision = ranks.of_first(lambda: _precision(config, run_dir))
     run = replace(run, config=replace(config, precision=precision))
     log.info("%s", describe_optimizer(config.optim.optimizer, precision))
-    with _locked(run_dir, ranks), explained(config, run_dir):
-        checkpoint = ranks.of_first(lambda: _checkpoint(run_dir, resumed_from))
+    with locked(run_dir, ranks), explained(config, run_dir):
+        checkpoint = ranks.of_first(lambda: checkpoint_of(run_dir, resumed_from))
         if ranks.is_first:
             run.write_description()
         task, stopped = _fit(run, model, teacher, precision, checkpoint)
@@ -163,7 +161,7 @@ def replay_fault(path: str | Path) -> list[float]:
     """
     path = Path(path)
     state, batches, facts = load_fault(path)
-    config = _load_config(path.parent.parent)
+    config = load_run_config(path.parent.parent)
     if config.distill.teacher:
         raise ValueError(f"{path} cannot be replayed: the run had a teacher, {config.distill.teacher}")
     model = create_model(config.model, **{**config.model_args, "num_classes": facts["num_classes"]})
@@ -197,7 +195,7 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     run_dir = Path(config.run_dir)
     if not (run_dir / "result.json").exists():
         return None
-    changed = _changed_fields(_load_config(run_dir), _resolve(config, _load_data(config)))
+    changed = changed_fields(load_run_config(run_dir), _resolve(config, _load_data(config)))
     if changed:
         raise ValueError(f"{run_dir} holds a finished run of another config ({', '.join(changed)})")
     return json.loads((run_dir / "result.json").read_text())
@@ -281,7 +279,7 @@ def _resolve(config: TrainConfig, data: ImageData, num_processes: int = 1) -> Tr
         return resolved(config.batch_size)
     for saved in _configs_of_begun_runs(config, data.name, name):
         begun = resolved(saved.images_per_step)
-        if not _changed_fields(saved, begun):
+        if not changed_fields(saved, begun):
             return begun
     return resolved(_find_batch_size(resolved(SMALLEST), data, num_processes))
 
@@ -289,9 +287,9 @@ def _resolve(config: TrainConfig, data: ImageData, num_processes: int = 1) -> Tr
 def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str) -> Iterator[TrainConfig]:
     """Of the runs that a config may be meant to continue, which have found their batch size."""
     stem = f"runs/{data_name}-{model_name}"
-    for run_dir in map(Path, [config.run_dir] if config.run_dir else _numbered(stem)):
+    for run_dir in map(Path, [config.run_dir] if config.run_dir else numbered(stem)):
         if (run_dir / "config.yaml").exists():
-            yield _load_config(run_dir)
+            yield load_run_config(run_dir)
         elif not run_dir.exists():
             return
 
@@ -358,111 +356,13 @@ def _preprocessing(config: TrainConfig) -> Preprocessing:
     return Preprocessing(image_size=config.image_size, crop_pct=config.crop_pct)
 
 
-def _choose_run_dir(config: TrainConfig, data_name: str) -> Path:
-    """The folder asked for, a stopped run of the same config to continue, or a new name."""
-    if config.run_dir is not None:
-        run_dir = Path(config.run_dir)
-        if run_dir.exists() and not run_dir.is_dir():
-            raise ValueError(f"run_dir={run_dir} is a file; give a folder")
-        if (run_dir / "config.yaml").exists() and not (run_dir / "result.json").exists():
-            changed = _changed_fields(_load_config(run_dir), config)
-            if config.resume == "never" or changed:
-                why = f"of another config ({', '.join(changed)})" if changed else "and --resume is never"
-                raise ValueError(f"{run_dir} holds an unfinished run {why}; give another --run-dir")
-        return run_dir
-    stem = f"runs/{data_name}-{config.model}"
-    for run_dir in map(Path, _numbered(stem)):
-        if not run_dir.exists():
-            return run_dir
-        stopped = (run_dir / "config.yaml").exists() and not (run_dir / "result.json").exists()
-        if config.resume == "auto" and stopped and not _changed_fields(_load_config(run_dir), config):
-            with suppress(BlockingIOError), _locked(run_dir, Ranks()):
-                return run_dir
-    raise AssertionError("names do not end")
-
-
-def _numbered(stem: str) -> Iterator[str]:
-    """stem, stem-2, stem-3, …"""
-    return itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-
-
-@contextmanager
-def _locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
-    """Keeps other trainings out of a run folder. The system ends the lock with the process, however that dies."""
-    lock = FileLock(run_dir / ".lock", blocking=False)
-
-    def acquire() -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise BlockingIOError(
-                f"{run_dir}: another process is training in it; wait for it, or give another --run-dir"
-            ) from error
-        remove_unfinished(run_dir)
-        remove_unfinished(run_dir / "checkpoints")
-
-    ranks.of_first(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _checkpoint(run_dir: Path, asked_for: Path | None) -> Path | None:
-    """The checkpoint to go on from: the one that was asked for, or the newest that is whole."""
-    if asked_for is None or asked_for.is_dir():
-        return newest_checkpoint(run_dir / "checkpoints")
-    updates_of(asked_for)
-    if not is_whole(asked_for):
-        raise CheckpointError(
-            f"{asked_for} is damaged (its checksum is another); --resume {run_dir} takes the last whole one"
-        )
-    go_back_to(asked_for)
-    return asked_for
-
-
 def _precision(config: TrainConfig, run_dir: Path) -> Precision:
     """The precision to train in; a run that goes on has the one that it began with, however a probe may turn out."""
-    begun = (run_dir / "config.yaml").exists() and _load_config(run_dir).precision
+    begun = (run_dir / "config.yaml").exists() and load_run_config(run_dir).precision
     wish = begun or config.precision
     precision, reason = choose_precision(wish)
     log.info("precision %s: %s", precision, "as the run began" if begun == precision else reason)
     return precision
-
-
-def _run_of(path: Path) -> Path:
-    """The run folder of a folder or checkpoint given to --resume."""
-    run_dir = path.parent.parent if path.is_file() else path
-    if not (run_dir / "config.yaml").is_file():
-        raise FileNotFoundError(f"{path} is no run to resume: {run_dir / 'config.yaml'} is missing")
-    return run_dir
-
-
-def _of_same_run(saved: TrainConfig, given: TrainConfig) -> TrainConfig:
-    """The run's own config, with what may change and was given otherwise than by default.
-
-    Raises:
-        ValueError: Something else was given, too.
-    """
-    before, after, default = saved.to_dict(), given.to_dict(), TrainConfig().to_dict()
-    changes = {name for name in after if after[name] not in (before[name], default[name])} - {"resume", "run_dir"}
-    if changes - _MAY_CHANGE:
-        raise ValueError(
-            f"a run is resumed with its own config; leave out {', '.join(sorted(changes - _MAY_CHANGE))}, "
-            "or begin another run with --weights"
-        )
-    return replace(saved, **{name: getattr(given, name) for name in changes})
-
-
-def _load_config(run_dir: Path) -> TrainConfig:
-    return config_from_yaml(run_dir / "config.yaml")
-
-
-def _changed_fields(saved: TrainConfig, now: TrainConfig) -> list[str]:
-    before, after = saved.to_dict(), now.to_dict()
-    may_change = _MAY_CHANGE | ({"precision"} if now.precision == "auto" else set())
-    return [name for name in before if name not in may_change and before[name] != after[name]]
 
 
 def _fit(
