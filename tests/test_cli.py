@@ -254,7 +254,9 @@ def test_ctrl_c_ends_a_check_at_once_and_keeps_what_it_found(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 1), (signal.SIGTERM, 0), (signal.SIGTERM, 1)]
+)
 def test_a_signal_stops_with_status_75_and_the_run_can_go_on(
     number: signal.Signals, workers: int, tmp_path: Path
 ) -> None:

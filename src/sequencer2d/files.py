@@ -8,6 +8,9 @@ from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
 
+_UNFINISHED = ".unfinished"
+"""How the names of files end that are being written."""
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes a file at once, as `atomic_file` does."""
@@ -23,7 +26,7 @@ def atomic_file(path: Path) -> Iterator[BufferedWriter]:
         OSError: As `open` and `write` do; after this or any other exception what was at `path` before is untouched.
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_UNFINISHED)
     except OSError as error:
         error.filename = str(path)  # the user knows of no other
         raise
@@ -44,9 +47,8 @@ def atomic_file(path: Path) -> Iterator[BufferedWriter]:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what `write_atomic` left in a folder when its process was killed. No other may be writing there."""
-    for path in folder.glob(".*.????????"):
-        if path.is_file():
-            path.unlink()
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        path.unlink()
 
 
 def cache_folder(kind: str) -> Path:

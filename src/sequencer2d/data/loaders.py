@@ -326,9 +326,12 @@ class CachedImages(ImageSet):
 def begin_worker(worker: int) -> None:
     """Leaves to the main process what is its own: Ctrl-C, and the end of what it had when it forked.
 
-    A terminal sends Ctrl-C to the workers too, which must live until the main process has finished its update. And were
-    a worker to collect the main process's garbage, a loader's old iterator in it would close the files, and release the
-    locks, of workers that are not its own: "Bad file descriptor", or a loader that waits for ever.
+    A terminal sends Ctrl-C to the workers too, and a job scheduler its signals: they must live until the main process
+    has finished its update. And were a worker to collect the main process's garbage, a loader's old iterator in it
+    would close the files, and release the locks, of workers that are not its own: "Bad file descriptor", or a loader
+    that waits for ever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     gc.freeze()

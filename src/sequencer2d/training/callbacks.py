@@ -5,7 +5,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -102,14 +103,13 @@ class Checkpoints(pl.Callback):
         self.best = -1.0
         self.requested = False
         self.stopping = False
-        self.handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_save = time.monotonic()
         # Only now: Lightning's own handler of SIGTERM, set before, would leave at once without a checkpoint.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self.handlers[number] = signal.signal(number, self.request)
+                signal.signal(number, self.request)
 
     def request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -145,16 +145,25 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(self.folder.path(trainer.global_step))
         self.last_save = time.monotonic()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers.clear()
-
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+@contextmanager
+def own_signals() -> Iterator[None]:
+    """Puts the handlers of the stop signals back afterwards; Lightning's, too, would else outlive the training."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -203,6 +212,9 @@ class TrainingProgress(pl.Callback):
                 soft_wrap=True,
                 highlight=False,
             )
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.bar.stop()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.bar.stop()

@@ -79,7 +79,7 @@ def keep_fault(folder: Path, *, model: torch.nn.Module, batches: list[Batch], fa
         folder: Where to; one file per update is written there.
         model: With the weights before the update.
         batches: The update's, as loaded.
-        facts: Plain data; `updates` names the file.
+        facts: Plain data; `updates`, `rank` and `world_size` name the file.
     """
     tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
     for number, batch in enumerate(batches):
@@ -87,7 +87,8 @@ def keep_fault(folder: Path, *, model: torch.nn.Module, batches: list[Batch], fa
         tensors[f"batch{number}.labels"] = batch.labels
         tensors[f"batch{number}.indices"] = batch.indices
     folder.mkdir(exist_ok=True)
-    path = folder / f"update-{facts['updates']:08d}.safetensors"
+    rank = f"-rank{facts['rank']}" if facts["world_size"] > 1 else ""
+    path = folder / f"update-{facts['updates']:08d}{rank}.safetensors"
     write_atomic(path, save(tensors, metadata={"sequencer2d_fault": json.dumps(facts)}))
     return path
 

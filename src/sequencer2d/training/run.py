@@ -29,7 +29,7 @@ from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.batch_size import SMALLEST, find_batch_size
-from sequencer2d.training.callbacks import Checkpoints, JsonLinesLogger, StopRequested, TrainingProgress
+from sequencer2d.training.callbacks import Checkpoints, JsonLinesLogger, StopRequested, TrainingProgress, own_signals
 from sequencer2d.training.checkpoints import (
     CheckpointFolder,
     find_checkpoints,
@@ -135,6 +135,8 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     )
     if len(run.images("train")) < 2 or not len(run.images("val")):
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
+    if len(run.images("val")) < ranks.world_size:
+        raise ValueError(f"{data.name} has fewer validation images than there are processes, {ranks.world_size}")
     model = run.create_model()
     teacher = load_teacher(config.distill, data.class_names)
     for line in settings:
@@ -417,7 +419,7 @@ def _fit(
     folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
     loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint is not None)
     patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), own_signals():
         _ignore_lightning_advice()
         trainer = pl.Trainer(
             accelerator="auto",

@@ -159,6 +159,7 @@ class SequencerTask(pl.LightningModule):
                 "updates": self.global_step,
                 "epoch": self.current_epoch,
                 "rank": self.ranks.rank,
+                "world_size": self.ranks.world_size,
                 "learning_rate": rate,
                 "gradient_norm": str(gradient_norm),
                 "loss": str(loss),
