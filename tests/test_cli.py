@@ -273,7 +273,7 @@ def test_a_signal_stops_with_status_75_and_the_run_can_go_on(
                 os.killpg(process.pid, number)  # as a terminal does: to the workers, too
                 break
         rest = process.stderr.read()
-        assert process.wait(timeout=60) == STOPPED
+        assert process.wait(timeout=60) == STOPPED, rest
     assert f"sequencer2d train --resume {tmp_path / 'run'}" in rest
     assert "Traceback" not in rest
     assert list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
