@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs import Job
-from runs import make_images, rows
+from runs import rows, tiny_run
 from sequencer2d.training.checkpoints import (
     CheckpointError,
     CheckpointFolder,
@@ -94,25 +94,7 @@ def test_a_name_tells_updates_and_checksum(folder: CheckpointFolder, tmp_path: P
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
     """Everything that has a state is on, and a checkpoint is written after every update."""
-    return {
-        "model": "sequencer2d_conv_p_patch2_16",
-        "model_args": {
-            "layers": [1, 1], "embed_dims": [8, 8], "hidden_sizes": [2, 2], "stem_widths": [8],
-            "drop_path_rate": 0.2, "drop_rate": 0.1,
-        },
-        "data": str(make_images(tmp_path / "colours")),
-        "val_fraction": 0.25,
-        "epochs": 6,
-        "batch_size": 5,
-        "accumulate": 2,
-        "augment": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "random_erasing": 0.3},
-        "optim": {"learning_rate": 1e-2, "warmup_epochs": 1, "ema_decay": 0.9},
-        "precision": "fp32",
-        "num_workers": 1,
-        "log_every": 1,
-        "checkpoint_minutes": 0,
-        "run_dir": str(tmp_path / "run"),
-    }  # fmt: skip
+    return {**tiny_run(tmp_path).to_dict(), "epochs": 6, "num_workers": 1, "checkpoint_minutes": 0}
 
 
 @pytest.mark.slow

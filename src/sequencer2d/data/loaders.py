@@ -37,6 +37,10 @@ SHUFFLE_BUFFER = 4096
 log = logging.getLogger(__name__)
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""What asks a training to stop: Ctrl-C, the system, and Slurm ahead of the end of a job."""
+
+
 class Batch(NamedTuple):
     """What a loader yields."""
 
@@ -331,7 +335,6 @@ def begin_worker(worker: int) -> None:
     would close the files, and release the locks, of workers that are not its own: "Bad file descriptor", or a loader
     that waits for ever.
     """
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()

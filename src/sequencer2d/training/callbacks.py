@@ -17,6 +17,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from sequencer2d.data.loaders import STOP_SIGNALS
 from sequencer2d.files import write_atomic
 from sequencer2d.training.checkpoints import CheckpointFolder
 from sequencer2d.training.faults import TrainingError
@@ -122,9 +123,8 @@ class Checkpoints(pl.Callback):
         due = time.monotonic() - self.last_save >= 60 * self.minutes
         wish = self.ranks.highest(2 if self.requested else 1 if due else 0)
         self.stopping = wish == 2
-        if (
-            wish and batch_idx + 1 < pl_module.batches_per_epoch
-        ):  # else validation comes first: it would not be repeated
+        ends_epoch = batch_idx + 1 == pl_module.batches_per_epoch
+        if wish and not ends_epoch:  # at the end, validation comes first: a continued run would not repeat it
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -138,7 +138,7 @@ class Checkpoints(pl.Callback):
             raise TrainingError("not one validation image could be read; see the skipped ones above")
         if metrics["valid_acc"] > self.best:
             self.best = metrics["valid_acc"]
-            self.save_best(pl_module, {**metrics, "updates": trainer.global_step})
+            self.save_best(pl_module, metrics)
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
@@ -164,9 +164,6 @@ def own_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class TrainingProgress(pl.Callback):

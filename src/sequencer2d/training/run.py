@@ -133,9 +133,10 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     run = _Run(
         config=config, run_dir=run_dir, data=data, left_out=left_out, preprocessing=_preprocessing(config), ranks=ranks
     )
-    if len(run.images("train")) < 2 or not len(run.images("val")):
+    num_val = len(run.images("val"))
+    if len(run.images("train")) < 2 or not num_val:
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
-    if len(run.images("val")) < ranks.world_size:
+    if num_val < ranks.world_size:
         raise ValueError(f"{data.name} has fewer validation images than there are processes, {ranks.world_size}")
     model = run.create_model()
     teacher = load_teacher(config.distill, data.class_names)
@@ -259,6 +260,19 @@ class _Run:
             preprocessing=self.preprocessing,
             training={**origin, **results},
         )
+
+    def save_weights(
+        self, model: Sequencer2D, task: SequencerTask, validation: dict[str, float], *, which: str, name: str
+    ) -> None:
+        """Writes a model file of the run, with how it did in the validation that belongs to it."""
+        results = {
+            "which": which,
+            "val_top1": validation["valid_acc"],
+            "epochs": round(validation["epoch"], 3),
+            "updates": task.global_step,
+            "minutes": task.clock.elapsed_s / 60,
+        }
+        save_model(model, self.card(model, results), self.run_dir / name)
 
 
 def _load_data(config: TrainConfig) -> ImageData:
@@ -402,14 +416,7 @@ def _fit(
         best = whole_model(task.evaluated_model)
         if not ranks.is_first:
             return
-        results = {
-            "which": "best",
-            "val_top1": metrics["valid_acc"],
-            "epochs": round(metrics["epoch"], 3),
-            "updates": int(metrics["updates"]),
-            "minutes": task.clock.elapsed_s / 60,
-        }
-        save_model(best, run.card(best, results), run.run_dir / "model.safetensors")
+        run.save_weights(best, task, metrics, which="best", name="model.safetensors")
 
     metrics_file = JsonLinesLogger(run.run_dir / "metrics.jsonl")
     if ranks.is_first:
@@ -487,7 +494,8 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     path = run.run_dir / "model.safetensors"
     model, card = load_model(path)
     rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
-    _save_last(run, task, rows)
+    validation = next(row for row in reversed(rows) if "valid_acc" in row)
+    run.save_weights(task.evaluated_model, task, validation, which="last", name="last.safetensors")
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
@@ -515,20 +523,6 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
         json.dumps({**asdict(result), "run_dir": str(result.run_dir)}, indent=2),
     )
     return result
-
-
-def _save_last(run: _Run, task: SequencerTask, rows: list[dict[str, Any]]) -> None:
-    """The weights after the last update, as a model file beside the best ones."""
-    validation = next(row for row in reversed(rows) if "valid_acc" in row)
-    results = {
-        "which": "last",
-        "val_top1": validation["valid_acc"],
-        "epochs": round(validation["epoch"], 3),
-        "updates": task.global_step,
-        "minutes": task.clock.elapsed_s / 60,
-    }
-    model = task.evaluated_model
-    save_model(model, run.card(model, results), run.run_dir / "last.safetensors")
 
 
 def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dict[str, str]:

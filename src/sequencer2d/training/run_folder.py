@@ -100,10 +100,8 @@ def of_same_run(saved: TrainConfig, given: TrainConfig) -> TrainConfig:
         ValueError: Something else was given, too.
     """
     before, after, default = saved.to_dict(), given.to_dict(), TrainConfig().to_dict()
-    changes = {name for name in after if after[name] not in (before[name], default[name], "auto")} - {
-        "resume",
-        "run_dir",
-    }
+    changes = {name for name in after if after[name] not in (before[name], default[name], "auto")}
+    changes -= {"resume", "run_dir"}
     if changes - MAY_CHANGE:
         raise ValueError(
             f"a run is resumed with its own config; leave out {', '.join(sorted(changes - MAY_CHANGE))}, "

@@ -271,18 +271,16 @@ class SequencerTask(pl.LightningModule):
             self.val_loss.update(loss, weight=len(logits))
             self.val_accuracy.update(logits, batch.labels)
         elif self.sharded:
-            self.take_part()
+            self.take_part(batch)
         if self.sharded and batch_idx == self.last_batch:  # the metrics are summed up before the end of the epoch
             for _ in range(self.missing_batches):
-                self.take_part()
+                self.take_part(batch)
         self.log("val_loss", self.val_loss, on_epoch=True)
         self.log("valid_acc", self.val_accuracy, on_epoch=True, prog_bar=True)
 
-    def take_part(self) -> None:
+    def take_part(self, batch: Batch) -> None:
         """A pass over a blank image by a rank without images of its own: the others gather weights from it, too."""
-        side = self.preprocessing.image_size
-        blank_image = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=self.device)
-        self.evaluated_model(normalize(blank_image, self.preprocessing))
+        self.evaluated_model(normalize(blank(self.preprocessing, batch).images, self.preprocessing))
 
     def on_validation_epoch_end(self) -> None:
         self.clock.reserve_s = self.ranks.highest(time.monotonic() - self.validation_started)
