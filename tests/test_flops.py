@@ -106,6 +106,7 @@ def test_training_activations_are_those_that_autograd_keeps_beside_a_frugal_lstm
     variant = VARIANTS[name]
     config = replace(variant.config, layers=tuple(1 for _ in variant.config.layers))
     model, batch = Sequencer2D(config).train(), 2
+    set_backend(model, "torch")
     replace_rnns(model, FrugalLSTM)
     measured = kept_values(model, torch.zeros(batch, 3, variant.image_size, variant.image_size))
     assert measured / batch == pytest.approx(costs(config, variant.image_size).training_activations, rel=0.05)
@@ -127,9 +128,11 @@ def test_inference_activations_are_those_alive_at_once(name: str) -> None:
     variant = VARIANTS[name]
     config = replace(variant.config, layers=tuple(1 for _ in variant.config.layers))
     model = Sequencer2D(config).eval()
+    set_backend(model, "torch")
     replace_rnns(model, FrugalLSTM)
-    measured = peak_values(model, torch.zeros(1, 3, variant.image_size, variant.image_size))
-    assert measured == pytest.approx(costs(config, variant.image_size).inference_activations, rel=0.1)
+    batch = 8  # beside which the weights that a convolution brings into its own order are few
+    measured = peak_values(model, torch.zeros(batch, 3, variant.image_size, variant.image_size))
+    assert measured / batch == pytest.approx(costs(config, variant.image_size).inference_activations, rel=0.1)
 
 
 def test_activations_grow_with_the_area_and_macs_too() -> None:

@@ -235,3 +235,11 @@ def test_downsampling_of_an_odd_grid_is_that_of_the_padded_grid() -> None:
 
 def test_convolutional_stem_halves_once_per_width() -> None:
     assert ConvPatchEmbed(1, (2, 4, 8))(torch.randn(1, 1, 32, 48)).shape == (1, 4, 6, 8)
+
+
+@pytest.mark.parametrize("stem", [PatchEmbed(3, 8, 2), ConvPatchEmbed(3, (4, 8)), PatchEmbed(1, 8, 3)])
+def test_the_stem_lays_the_channels_of_a_token_side_by_side(stem):
+    channels = next(stem.parameters()).shape[1]
+    tokens = stem(torch.randn(2, channels, 16, 16))
+    assert tokens.is_contiguous()
+    assert Downsample2D(8, 12, 2)(tokens).is_contiguous()

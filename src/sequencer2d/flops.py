@@ -67,8 +67,8 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
             macs += height * width * (9 * channels * dim + _BATCH_NORM * dim)
             # Convolution, norm and GELU are kept at the full grid; pooling keeps its input and an index per output.
             kept += height * width * dim * 3 + height * width * dim // 4 * 2
-            # The step's input, and either the unfolded input and the output, or two feature maps.
-            peak = max(peak, height * width * (channels + max(9 * channels + dim, 2 * dim)))
+            # The step's input, and what goes into its norm and comes out.
+            peak = max(peak, height * width * (channels + 2 * dim))
             height, width, channels = height // 2, width // 2, dim
     else:
         patch = config.patch_sizes[0]

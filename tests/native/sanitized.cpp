@@ -58,6 +58,51 @@ static void compare(const char* what, const char* kernel, const Memory& ours, co
     }
 }
 
+static void block_kernels(void* library, int kernel, const char* name) {
+    auto* norm_forward = symbol<int(int, const NormProblem*, const NormForwardTensors*)>(library, "sequencer2d_norm_forward");
+    auto* norm_backward =
+        symbol<int(int, const NormProblem*, const NormBackwardTensors*)>(library, "sequencer2d_norm_backward");
+    auto* gelu = symbol<int(int, int, int, int64_t, const void*, void*, const void*, void*)>(library, "sequencer2d_gelu");
+    const auto floats = [](Memory& memory) { return reinterpret_cast<float*>(memory.bytes.data()); };
+    const int64_t shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {2, 150, 16}, {1, 129, 33}, {4, 2, 200}}; // images, tokens, channels
+    for (const auto& s : shapes)
+        for (const int residual : {kFloat32, kBFloat16})
+            for (const int type : {kFloat32, kBFloat16}) {
+                if (residual == kBFloat16 && type == kFloat32) continue;
+                const int64_t tokens = s[0] * s[1], channels = s[2], count = tokens * channels;
+                const NormProblem problem{tokens, channels, s[1], residual, type, 2, 1e-2f};
+                const float tolerance = type == kFloat32 ? 1e-4f : 5e-2f;
+                std::vector<Memory> first;
+                for (const int k : {0, kernel}) {
+                    Memory x(residual, count), branch(type, count), scale(kFloat32, s[0]), weight(kFloat32, channels);
+                    x.fill(1, 1), branch.fill(1, 2), scale.fill(1, 3), weight.fill(1, 4);
+                    Memory sum(residual, count), normed(type, count), only(type, count), statistics(kFloat32, 2 * tokens);
+                    const NormForwardTensors in{x.bytes.data(),   branch.bytes.data(), floats(scale),        floats(weight),
+                                                floats(weight),   sum.bytes.data(),    normed.bytes.data(), floats(statistics)};
+                    const NormForwardTensors alone{sum.bytes.data(), nullptr, nullptr, floats(weight), floats(weight),
+                                                   nullptr, only.bytes.data(), nullptr};
+                    int status = norm_forward(k, &problem, &in);
+                    status |= norm_forward(k, &problem, &alone);
+                    Memory grad_x(residual, count), grad_branch(type, count), grad_weight(kFloat32, channels), grad_bias(kFloat32, channels);
+                    const NormBackwardTensors back{sum.bytes.data(), floats(statistics), floats(weight), floats(scale),
+                                                   branch.bytes.data(), x.bytes.data(), grad_x.bytes.data(),
+                                                   grad_branch.bytes.data(), floats(grad_weight), floats(grad_bias)};
+                    status |= norm_backward(k, &problem, &back);
+                    Memory after(type, count), hidden(type, count), grad_hidden(type, count);
+                    status |= gelu(k, type, 2, count, branch.bytes.data(), after.bytes.data(), nullptr, nullptr);
+                    status |= gelu(k, type, 2, count, branch.bytes.data(), hidden.bytes.data(), normed.bytes.data(), grad_hidden.bytes.data());
+                    if (status) std::printf("%s: status %d\n", name, status), ++failures;
+                    if (first.empty()) first = {sum, normed, only, grad_x, grad_branch, grad_weight, grad_bias, after, grad_hidden};
+                    const Memory* ours[] = {&sum, &normed, &only, &grad_x, &grad_branch, &grad_weight, &grad_bias, &after, &grad_hidden};
+                    const char* const what[] = {"sum", "norm", "norm alone", "gradient of x", "gradient of the branch",
+                                                "gradient of weights", "gradient of biases", "gelu", "gradient of gelu"};
+                    for (size_t i = 0; i < first.size(); ++i) compare(what[i], name, *ours[i], first[i], tolerance);
+                    compare("norm without a branch", name, only, normed, tolerance);
+                    compare("gelu with its gradient", name, hidden, after, tolerance);
+                }
+            }
+}
+
 int main(int, char** arguments) {
     void* library = dlopen(arguments[1], RTLD_NOW);
     if (!library) return std::printf("%s\n", dlerror()), 1;
@@ -113,7 +158,7 @@ int main(int, char** arguments) {
                     }
                 }
     for (int k = 0; name(k); ++k)
-        if (runs_here(k)) std::printf("%s ", name(k));
+        if (runs_here(k)) block_kernels(library, k, name(k)), std::printf("%s ", name(k));
     std::printf("%s\n", failures ? "differ" : "as they should be");
     return failures != 0;
 }

@@ -2,11 +2,13 @@
 
 Where the package was installed without them, or a tensor is none of theirs, PyTorch's `nn.LSTM` computes the same.
 Modules: `library` finds the kernels, `op` makes them an operation of PyTorch, `weights` brings an LSTM's parameters
-into the order that they want, `layer` is what the model calls, `choice` decides when; `kernels/` is the C++.
+into the order that they want, `layer` is what the model calls, `block` what
+stands around it, `choice` decides when; `kernels/` is the C++.
 """
 
+from sequencer2d.native.block import linear, mlp, residual_norm
 from sequencer2d.native.choice import Backend, backends, check_backend, serves
 from sequencer2d.native.layer import bilstm2d
 from sequencer2d.native.library import available
 
-__all__ = ["Backend", "available", "backends", "bilstm2d", "check_backend", "serves"]
+__all__ = ["Backend", "available", "backends", "bilstm2d", "check_backend", "linear", "mlp", "residual_norm", "serves"]

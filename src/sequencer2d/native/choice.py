@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 from torch.fx import Proxy
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sequencer2d.native.library import Unavailable, has_threads, kernel, kernels
 
@@ -81,6 +82,28 @@ def serves(backend: str, x: Tensor | Proxy, *rnns: nn.Module) -> bool:
     return not reason
 
 
+def ready(backend: str) -> bool:
+    """Whether kernels that no compiler, tracer or transform knows may run: in eager execution, where they are there."""
+    if backend == "torch" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return False
+    return peek_interpreter_stack() is None and not _missing()
+
+
+def is_plain(*tensors: Tensor | Proxy) -> bool:
+    """Tensors of which pointers may be taken, and nobody who wants to see the operations, such as a counter."""
+    if _get_current_dispatch_mode() is not None:
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def is_unobserved(*modules: nn.Module) -> bool:
+    """Whether nobody has hooks on these modules, which would not be called if kernels took their place."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )
+
+
 @torch.compiler.assume_constant_result
 def _missing() -> str:
     """Why there are no kernels at all; empty where there are."""
@@ -100,7 +123,7 @@ def _unfit(x: Tensor, rnns: tuple[nn.Module, ...]) -> str:
     for rnn in rnns:
         if type(rnn) is not nn.LSTM or rnn.num_layers != 1 or rnn.proj_size or not rnn.bias:
             return f"the cell is {type(rnn).__name__}, not a plain nn.LSTM of one layer"
-        if rnn._forward_hooks or rnn._forward_pre_hooks or rnn._backward_hooks or rnn._backward_pre_hooks:
+        if not is_unobserved(rnn):
             return "hooks look into nn.LSTM"
     if torch.is_autocast_enabled("cpu"):
         dtypes = {torch.get_autocast_dtype("cpu")}

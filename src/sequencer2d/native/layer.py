@@ -3,9 +3,9 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sequencer2d.native import op, weights
+from sequencer2d.native.choice import is_plain
 from sequencer2d.native.library import kernel
 
 
@@ -37,17 +37,10 @@ def bilstm2d(
     vertical = 0 if rnn_v is None else 1 + rnn_v.bidirectional
     tensors = [x, *(tensor for rnn in rnns for group in weights.parameters(rnn) for tensor in group)]
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if trains or not _are_plain(tensors):
+    if trains or torch.compiler.is_compiling() or not is_plain(*tensors):
         w_ih, w_hh, bias = weights.gather(rnns, dtype)
         return torch.ops.sequencer2d.bilstm2d(x.to(dtype), w_ih, w_hh, bias, vertical, trains)[0]
     directions = sum(1 + rnn.bidirectional for rnn in rnns)
     shape = op.shape_of(x, directions, rnns[0].hidden_size, vertical)
     ready = weights.packed(rnns, dtype, kernel(), shape)
     return op.run_forward(x.detach().to(dtype), ready.w_ih, ready.packed, ready.bias, shape, keep=False)[0]
-
-
-def _are_plain(tensors: list[Tensor]) -> bool:
-    """Tensors of which pointers may be taken, and nobody who wants to see the operation: no compiler, no counter."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    return all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)

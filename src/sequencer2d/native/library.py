@@ -14,7 +14,7 @@ PATH = Path(__file__).with_name("_kernels.so")
 VARIABLE = "SEQUENCER2D_KERNEL"
 """Environment variable that names the kernel to use instead of the fastest: portable, avx2, avx512 or avx512_bf16."""
 
-_ABI = 1
+_ABI = 2
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -37,6 +37,30 @@ class _BackwardTensors(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in ("packed", "gates", "cells", "y", "grad_y", "grad_gates", "previous_hidden", "grad_bias")
+    ]
+
+
+class _NormProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "channels", "tokens_per_scale")),
+        *((name, ctypes.c_int32) for name in ("residual_type", "type", "threads")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _NormForwardTensors(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("x", "branch", "scale", "weight", "bias", "sum", "normed", "statistics")
+    ]
+
+
+class _NormBackwardTensors(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            *("sum", "statistics", "weight", "scale", "grad_normed", "grad_sum"),
+            *("grad_x", "grad_branch", "grad_weight", "grad_bias"),
+        )
     ]
 
 
@@ -85,10 +109,61 @@ class Kernel:
         pointers = _BackwardTensors(*map(_pointer, tensors))
         _check(self.library.sequencer2d_backward(self.number, ctypes.byref(problem), ctypes.byref(pointers)))
 
+    def norm_forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        scale: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        sum: Tensor | None,
+        normed: Tensor,
+        statistics: Tensor | None,
+    ) -> None:
+        """Fills the last three; `scale`, `weight`, `bias` and `statistics` are fp32."""
+        problem = _norm_problem(x, normed, epsilon)
+        pointers = map(_pointer, (x, branch, scale, weight, bias, sum, normed, statistics))
+        tensors = _NormForwardTensors(*pointers)
+        _check(self.library.sequencer2d_norm_forward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
+
+    def norm_backward(
+        self,
+        sum: Tensor,
+        statistics: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        grad_normed: Tensor,
+        grad_sum: Tensor | None,
+        grad_x: Tensor,
+        grad_branch: Tensor | None,
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+    ) -> None:
+        """Fills the last four; `statistics`, `weight`, `scale` and the last two are fp32."""
+        problem = _norm_problem(sum, grad_normed, 0)
+        pointers = map(_pointer, (sum, statistics, weight, scale, grad_normed, grad_sum))
+        outputs = map(_pointer, (grad_x, grad_branch, grad_weight, grad_bias))
+        tensors = _NormBackwardTensors(*pointers, *outputs)
+        _check(self.library.sequencer2d_norm_backward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
+
+    def gelu(self, x: Tensor, y: Tensor, grad_y: Tensor | None = None, grad_x: Tensor | None = None) -> None:
+        """Fills `y`, which may be `x`, and `grad_x` where there is a `grad_y`."""
+        pointers = map(_pointer, (x, y, grad_y, grad_x))
+        sizes = (_TYPES[x.dtype], torch.get_num_threads(), x.numel())
+        _check(self.library.sequencer2d_gelu(self.number, *sizes, *pointers))
+
 
 def _problem(shape: Shape, dtype: torch.dtype) -> _Problem:
     sizes = (shape.batch, shape.height, shape.width, shape.hidden, shape.vertical, shape.horizontal)
     return _Problem(*sizes, _TYPES[dtype], torch.get_num_threads())
+
+
+def _norm_problem(x: Tensor, normed: Tensor, epsilon: float) -> _NormProblem:
+    channels = x.shape[-1]
+    tokens = x.numel() // channels
+    sizes = (tokens, channels, max(1, tokens // len(x)))
+    return _NormProblem(*sizes, _TYPES[x.dtype], _TYPES[normed.dtype], torch.get_num_threads(), epsilon)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -122,7 +197,9 @@ def kernels() -> dict[str, Kernel]:
         raise Unavailable(f"{PATH} is of another version of sequencer2d; reinstall it, or use backend='torch'")
     library.sequencer2d_kernel_name.restype = ctypes.c_char_p
     library.sequencer2d_packed_bytes.restype = ctypes.c_int64
-    library.sequencer2d_pack.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    integer, address = ctypes.c_int, ctypes.c_void_p
+    library.sequencer2d_gelu.argtypes = [integer, integer, integer, ctypes.c_int64, *4 * [address]]
+    library.sequencer2d_pack.argtypes = [integer, address, integer, address, address]
     found, number = {}, 0
     while name := library.sequencer2d_kernel_name(number):
         if library.sequencer2d_kernel_runs_here(number):

@@ -1,10 +1,11 @@
-"""The parameters of `nn.LSTM`s, brought together for one call; kept between calls where nothing is trained.
+"""Parameters as the kernels want them; kept between calls where nothing is trained.
 
 Shapes: `R` directions in all, `C` channels, `D` hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from sequencer2d.native.library import Kernel, Shape
 
+T = TypeVar("T")
 _NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 _SAMPLES = 32  # values of each parameter that are compared, or a few more
 
@@ -29,7 +31,8 @@ def gather(rnns: Sequence[nn.LSTM], dtype: torch.dtype) -> tuple[Tensor, Tensor,
     """Input weights `[R·4·D, C]`, recurrent weights `[R, 4·D, D]`, sum of both biases `[R·4·D]`; differentiable."""
     w_ih, w_hh, b_ih, b_hh = zip(*(group for rnn in rnns for group in parameters(rnn)), strict=True)
     bias = torch.cat(b_ih) + torch.cat(b_hh)
-    return torch.cat(w_ih).to(dtype), torch.stack(w_hh).to(dtype), bias.to(dtype)
+    joined_ih = torch.cat([weight.to(dtype) for weight in w_ih])  # cast first: the gradients then need no copy more
+    return joined_ih, torch.stack([weight.to(dtype) for weight in w_hh]), bias.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -41,36 +44,49 @@ class Packed:
     bias: Tensor
 
 
+def packed(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
+    """The weights of a layer for a call without gradients."""
+    tensors = [tensor for rnn in rnns for group in parameters(rnn) for tensor in group]
+    key = (kernel.name, dtype, *rnns[1:])
+    return _kept(rnns[0], tensors, key, lambda: _pack(rnns, dtype, kernel, shape))
+
+
+def cast(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer in another precision, for a call without gradients."""
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    if weight.dtype == bias.dtype == dtype:
+        return weight, bias
+    return _kept(linear, [weight, bias], (dtype,), lambda: (weight.to(dtype), bias.to(dtype)))
+
+
 @dataclass(frozen=True)
 class _Entry:
     key: tuple[object, ...]
     samples: Tensor
     storages: list[Tensor]  # kept alive, so that no other weights can come to lie at the same addresses
-    weights: Packed
+    made: Any
 
 
 _cache: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
 
-def packed(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
-    """The weights of a layer for a call without gradients, from the last call where they are still the same.
+def _kept(module: nn.Module, tensors: Sequence[Tensor], key: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What was made from the parameters of a module at the last call, where they are still the same.
 
     They are if all parameters lie where they did, have the same version, and the same values at some places: writing
     through `.data`, as some averages of weights do, leaves no trace in the version. Kept beside the module, not in it:
     neither copies nor state dicts nor pickles see it.
     """
-    tensors = [tensor for rnn in rnns for group in parameters(rnn) for tensor in group]
     if any(tensor.is_inference() for tensor in tensors):  # these have no version
-        return _pack(rnns, dtype, kernel, shape)
-    places = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
-    key = (kernel.name, dtype, *rnns[1:], *places)
+        return make()
+    key = (*key, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
     samples = torch.cat([_sample(tensor) for tensor in tensors])
-    entry = _cache.get(rnns[0])
+    entry = _cache.get(module)
     if entry is None or entry.key != key or not torch.equal(entry.samples, samples):
-        storages = [tensor.detach() for tensor in tensors]
-        entry = _Entry(key, samples, storages, _pack(rnns, dtype, kernel, shape))
-        _cache[rnns[0]] = entry
-    return entry.weights
+        with torch.no_grad():
+            entry = _Entry(key, samples, [tensor.detach() for tensor in tensors], make())
+        _cache[module] = entry
+    return entry.made
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -79,6 +95,5 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _pack(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
-    with torch.no_grad():
-        w_ih, w_hh, bias = gather(rnns, dtype)
-        return Packed(w_ih, kernel.pack(shape, w_hh, backward=False), bias)
+    w_ih, w_hh, bias = gather(rnns, dtype)
+    return Packed(w_ih, kernel.pack(shape, w_hh, backward=False), bias)

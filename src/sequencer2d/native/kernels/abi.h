@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 1 // one more with every change of this file
+#define SEQUENCER2D_ABI 2 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -38,6 +38,40 @@ struct BackwardTensors {
     float* grad_bias;      // [R, 4, D], out: sum of grad_gates over the tokens
 };
 
+// The residual stream of a block and the layer norm that reads it: sum = x + scale * branch, normed = norm(sum).
+struct NormProblem {
+    int64_t tokens, channels;
+    int64_t tokens_per_scale; // tokens of one image
+    int32_t residual_type;    // of x and sum; all other values are of
+    int32_t type;             //
+    int32_t threads;          // at most so many
+    float epsilon;
+};
+
+struct NormForwardTensors { // [N, C] unless said otherwise
+    const void* x;          // residual values
+    const void* branch;     // values, or null: then sum is x and not written
+    const float* scale;     // [images], or null for 1
+    const float* weight;    // [C]
+    const float* bias;      // [C]
+    void* sum;              // residual values, out
+    void* normed;           // values, out
+    float* statistics;      // [N, 2], out: mean and 1 / standard deviation; or null
+};
+
+struct NormBackwardTensors {
+    const void* sum;         // residual values
+    const float* statistics; // [N, 2]
+    const float* weight;     // [C]
+    const float* scale;      // [images], or null for 1
+    const void* grad_normed; // values
+    const void* grad_sum;    // residual values, or null for 0
+    void* grad_x;            // residual values, out
+    void* grad_branch;       // values, out; or null
+    float* grad_weight;      // [C], out
+    float* grad_bias;        // [C], out
+};
+
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
@@ -46,4 +80,8 @@ struct Kernel {
     void (*pack)(const Problem&, bool backward, const void* w_hh, void* packed); // w_hh: [R, 4*D, D] values
     int (*forward)(const Problem&, const ForwardTensors&);
     int (*backward)(const Problem&, const BackwardTensors&);
+    int (*norm_forward)(const NormProblem&, const NormForwardTensors&);
+    int (*norm_backward)(const NormProblem&, const NormBackwardTensors&);
+    // y = gelu(x); with grad_y also grad_x. y may be x; `count` values of one type.
+    void (*gelu)(int type, int threads, int64_t count, const void* x, void* y, const void* grad_y, void* grad_x);
 };

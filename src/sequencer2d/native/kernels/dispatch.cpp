@@ -67,3 +67,18 @@ EXPORT int sequencer2d_forward(int kernel, const Problem* problem, const Forward
 EXPORT int sequencer2d_backward(int kernel, const Problem* problem, const BackwardTensors* tensors) {
     return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->backward(*problem, *tensors) : kNoSuchKernel;
 }
+
+EXPORT int sequencer2d_norm_forward(int kernel, const NormProblem* problem, const NormForwardTensors* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->norm_forward(*problem, *tensors) : kNoSuchKernel;
+}
+
+EXPORT int sequencer2d_norm_backward(int kernel, const NormProblem* problem, const NormBackwardTensors* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->norm_backward(*problem, *tensors) : kNoSuchKernel;
+}
+
+EXPORT int sequencer2d_gelu(int kernel, int type, int threads, int64_t count, const void* x, void* y,
+                            const void* grad_y, void* grad_x) {
+    if (!sequencer2d_kernel_runs_here(kernel)) return kNoSuchKernel;
+    kernels[kernel]->gelu(type, threads, count, x, y, grad_y, grad_x);
+    return kDone;
+}

@@ -4,6 +4,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "gelu.h"
+#include "norm.h"
 
 namespace {
 
@@ -56,6 +58,19 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
         },
         [](const Problem& p, const BackwardTensors& t) {
             return is_float(p) ? Floats32::backward(p, t) : BFloats16::backward(p, t);
+        },
+        [](const NormProblem& p, const NormForwardTensors& t) {
+            if (p.residual_type == kBFloat16) return NormForward<bfloat16, bfloat16>(p, t).run();
+            return p.type == kFloat32 ? NormForward<float, float>(p, t).run() : NormForward<float, bfloat16>(p, t).run();
+        },
+        [](const NormProblem& p, const NormBackwardTensors& t) {
+            if (p.residual_type == kBFloat16) return NormBackward<bfloat16, bfloat16>(p, t).run();
+            return p.type == kFloat32 ? NormBackward<float, float>(p, t).run()
+                                      : NormBackward<float, bfloat16>(p, t).run();
+        },
+        [](int type, int threads, int64_t count, const void* x, void* y, const void* grad_y, void* grad_x) {
+            type == kFloat32 ? Gelu<float>::run(threads, count, x, y, grad_y, grad_x)
+                             : Gelu<bfloat16>::run(threads, count, x, y, grad_y, grad_x);
         },
     };
 }

@@ -5,6 +5,7 @@
 //   load, store                  `count` values, float or bfloat16; lanes beyond are 0, or not written; count == lanes
 //                                is what compilers should specialise for
 //   multiply_add(a, b, c)        a * b + c
+//   total(x)                     sum of the lanes
 //   clamp(x, low, high)          NaN stays NaN
 //   reciprocal<Exact>(x)         1 / x for |x| in [1, 1e38]; not exact: to about bfloat16
 //   nearest(x), power_of_two(n)  rounding, and 2^n for a whole n in [-126, 126]
@@ -34,6 +35,8 @@ inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+
+inline float total(Vec x) { return (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]); }
 
 template <class Value>
 inline Vec load(const Value* p, int count) {

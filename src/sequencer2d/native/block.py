@@ -1,0 +1,179 @@
+"""What stands around the LSTMs in a block, in few passes over the tokens: residual sum with layer norm, and the MLP.
+
+Shapes: `N` tokens `[B, H, W]`, `C` channels. Under autocast the residual stream stays fp32 and what leaves a norm is in
+autocast's precision, so no casts are left. For eager execution on the CPU; everybody else gets PyTorch's own layers,
+and compilers fuse those themselves.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from sequencer2d.native import weights
+from sequencer2d.native.choice import is_plain, is_unobserved, ready
+from sequencer2d.native.library import kernel
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor | None, drop_path: nn.Module, norm: nn.Module, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`x + drop_path(branch)`, or `x` where there is no branch, and its layer norm.
+
+    Args:
+        x: The residual stream `[B, H, W, C]`.
+        branch: What is added to it, of the same shape.
+        drop_path: timm's `DropPath`, or an identity; draws the random numbers that it would.
+        norm: A `LayerNorm` over the channels.
+        backend: As of the model; `torch` calls the modules as they are.
+    """
+    tensors = [x] if branch is None else [x, branch]
+    dtype = _dtype(x)
+    if not (
+        ready(backend)
+        and is_unobserved(norm, drop_path)
+        and type(norm) is nn.LayerNorm
+        and norm.bias is not None
+        and is_plain(*tensors, norm.weight, norm.bias)
+        and norm.normalized_shape == x.shape[-1:]
+        and (x.dtype, dtype) in _NORM_TYPES
+        and all(tensor.is_contiguous() and tensor.shape == x.shape for tensor in tensors)
+        and (branch is None or branch.dtype == dtype)
+        and x.numel() > 0
+    ):
+        x = x if branch is None else x + drop_path(branch)
+        return x, norm(x)
+    scale = None
+    if branch is not None and drop_path.training and not isinstance(drop_path, nn.Identity):
+        scale = drop_path(branch.new_ones(len(branch), 1, 1, 1)).float()
+    return _ResidualNorm.apply(x, branch, scale, norm.weight, norm.bias, norm.eps, dtype)  # type: ignore[return-value]
+
+
+def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
+    """timm's `Mlp` of `[B, H, W, C]`, whose hidden activations are not kept for the gradient but computed again."""
+    if not _is_plain_mlp(module, x, backend):
+        return module(x)
+    dtype = _dtype(x)
+    parameters = (module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)
+    if dtype not in (torch.float32, torch.bfloat16) or any(p.dtype not in (dtype, torch.float32) for p in parameters):
+        return module(x)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
+        return _Mlp.apply(*(tensor.to(dtype) for tensor in (x, *parameters)))  # type: ignore[return-value]
+    hidden = F.linear(x.detach().to(dtype), *weights.cast(module.fc1, dtype))
+    kernel().gelu(hidden, hidden)
+    return F.linear(hidden, *weights.cast(module.fc2, dtype))
+
+
+def _is_plain_mlp(module: Any, x: Tensor, backend: str) -> bool:
+    return (
+        ready(backend)
+        and type(module) is Mlp
+        and is_unobserved(*module.modules())
+        and all(type(linear) is nn.Linear and linear.bias is not None for linear in (module.fc1, module.fc2))
+        and type(module.act) is nn.GELU
+        and module.act.approximate == "none"
+        and type(module.norm) is nn.Identity
+        and not (module.training and (module.drop1.p or module.drop2.p))
+        and is_plain(x, *module.parameters())
+    )
+
+
+def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """A linear layer, whose weights in autocast's precision are kept between calls where nothing is trained."""
+    if (
+        ready(backend)
+        and type(module) is nn.Linear
+        and module.bias is not None
+        and is_unobserved(module)
+        and is_plain(x, module.weight, module.bias)
+        and not (torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad))
+        and (_dtype(x), module.weight.dtype) == (torch.bfloat16, torch.float32)
+    ):
+        return F.linear(x.detach().to(torch.bfloat16), *weights.cast(module, torch.bfloat16))
+    return module(x)
+
+
+_NORM_TYPES = {
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+}
+"""Of the residual stream and of what leaves the norm."""
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        branch: Tensor | None,
+        scale: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        trains = any(ctx.needs_input_grad)
+        total = None if branch is None else torch.empty_like(x)
+        normed = torch.empty_like(x, dtype=dtype)
+        statistics = x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32) if trains else None
+        parameters = (weight.float(), bias.float())
+        kernel().norm_forward(x, branch, scale, *parameters, epsilon, total, normed, statistics)
+        if trains:
+            ctx.save_for_backward(x if total is None else total, statistics, parameters[0], scale)
+            ctx.dtypes, ctx.has_branch = (dtype, weight.dtype), branch is not None
+            ctx.set_materialize_grads(False)
+        return x if total is None else total, normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        total, statistics, weight, scale = ctx.saved_tensors
+        dtype, parameter_dtype = ctx.dtypes
+        if grad_normed is None:
+            grad_normed = torch.zeros_like(total, dtype=dtype)
+        grad_x = torch.empty_like(total)
+        grad_branch = torch.empty_like(total, dtype=dtype) if ctx.has_branch else None
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(weight)
+        grad_sum = None if grad_sum is None else grad_sum.contiguous()
+        inputs = (total, statistics, weight, scale, grad_normed.contiguous(), grad_sum)
+        kernel().norm_backward(*inputs, grad_x, grad_branch, grad_weight, grad_bias)
+        return grad_x, grad_branch, None, grad_weight.to(parameter_dtype), grad_bias.to(parameter_dtype), None, None
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+    ) -> Tensor:
+        before = F.linear(x, w1, b1)
+        hidden = torch.empty_like(before)
+        kernel().gelu(before, hidden)
+        ctx.save_for_backward(x, w1, w2, before)
+        return F.linear(hidden, w2, b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w1, w2, before = ctx.saved_tensors
+        wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = ctx.needs_input_grad
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_hidden = grad @ w2
+        hidden, grad_before = torch.empty_like(grad_hidden), torch.empty_like(grad_hidden)
+        kernel().gelu(before, hidden, grad_hidden, grad_before)
+        return (
+            (grad_before @ w1).reshape(x.shape) if wants_x else None,
+            grad_before.t() @ x.reshape(-1, x.shape[-1]) if wants_w1 else None,
+            grad_before.sum(0) if wants_b1 else None,
+            grad.t() @ hidden if wants_w2 else None,
+            grad.sum(0) if wants_b2 else None,
+        )

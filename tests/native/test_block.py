@@ -1,0 +1,262 @@
+"""The kernels around the LSTMs compute what PyTorch's layers compute, and stand aside where those are looked into."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from sequencer2d import create_model, native, set_backend
+from sequencer2d.layers import Sequencer2DBlock
+from sequencer2d.native import available
+from sequencer2d.native.library import kernel
+
+pytestmark = pytest.mark.skipif(not available(), reason="the package was installed without kernels")
+
+FP32, BF16 = 2e-6, 1e-2
+
+
+def gradients(run: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, and the gradients of all inputs for fixed gradients of the outputs."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        outputs = run()
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, inputs, grads))
+
+
+def assert_close(ours: list[Tensor], truth: list[Tensor], bound: float) -> None:
+    assert len(ours) == len(truth)
+    for i, (a, b) in enumerate(zip(ours, truth, strict=True)):
+        assert a.shape == b.shape
+        assert (a.double() - b.double()).norm() <= bound * b.double().norm() + 1e-6 * math.sqrt(b.numel()), i
+
+
+sizes = {
+    "batch": st.integers(1, 4),
+    "height": st.integers(1, 7),
+    "width": st.integers(1, 7),
+    "channels": st.integers(1, 50),
+    "seed": st.integers(0, 1000),
+}
+any_size = settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@any_size
+@given(**sizes, with_branch=st.booleans(), drop=st.booleans())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_residual_sum_and_norm_of_any_shape(
+    kernel_name: str,
+    dtype: torch.dtype,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    seed: int,
+    with_branch: bool,
+    drop: bool,
+) -> None:
+    torch.manual_seed(seed)
+    norm = nn.LayerNorm(channels, eps=1e-2)  # a token may be all the same
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    drop_path = DropPath(0.5) if drop else nn.Identity()
+    shape = (batch, height, width, channels)
+    x = (3 * torch.randn(shape)).requires_grad_()
+    branch = torch.randn(shape).to(dtype).requires_grad_() if with_branch else None
+    inputs = [x, norm.weight, norm.bias, *([] if branch is None else [branch])]
+
+    def ours() -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        total, normed = native.residual_norm(x, branch, drop_path, norm, "native")
+        assert normed.dtype == dtype
+        return total + 0, normed
+
+    double = copy.deepcopy(norm).double()
+    x64 = x.detach().double().requires_grad_()
+    branch64 = None if branch is None else branch.detach().double().requires_grad_()
+
+    def by_pytorch() -> tuple[Tensor, ...]:
+        torch.manual_seed(seed)
+        if branch is None or branch64 is None:
+            return x64 + 0, double(x64)
+        scale = drop_path(branch.detach().new_ones(batch, 1, 1, 1))  # the same images are dropped
+        total = x64 + branch64 * scale
+        return total, double(total)
+
+    truth = gradients(
+        by_pytorch, [x64, double.weight, double.bias, *([] if branch64 is None else [branch64])], torch.float32
+    )
+    bound = FP32 * 5 if dtype == torch.float32 else 2 * BF16
+    assert_close(gradients(ours, inputs, dtype), truth, bound)
+
+
+@any_size
+@given(**sizes, hidden=st.integers(1, 40))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mlp_of_any_shape(
+    kernel_name: str,
+    dtype: torch.dtype,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    hidden: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    module = Mlp(channels, hidden)
+    x = (2 * torch.randn(batch, height, width, channels)).requires_grad_()
+    double, x64 = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    truth = gradients(lambda: (double(x64),), [x64, *double.parameters()], torch.float32)
+    ours = gradients(lambda: (native.mlp(module, x, "native"),), [x, *module.parameters()], dtype)
+    theirs = gradients(lambda: (module(x),), [x, *module.parameters()], dtype)
+    for mine, their, right in zip(ours, theirs, truth, strict=True):
+        assert mine.dtype == their.dtype
+        error, torchs = ((some.double() - right).norm() for some in (mine, their))
+        bound = 5 * FP32 if dtype == torch.float32 else 3 * BF16
+        assert error <= max(bound * right.norm(), 3 * torchs) + 1e-7
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert torch.equal(native.mlp(module, x, "native"), ours[0])  # without gradients, too
+
+
+def test_gelu_of_every_size_of_number(kernel_name: str) -> None:
+    edges = [0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, math.inf, -math.inf]
+    for dtype, bound in ((torch.float32, 3e-7), (torch.bfloat16, 8e-3)):
+        x = torch.cat([torch.linspace(-12, 12, 9999), torch.tensor(edges)]).to(dtype)
+        y, slope, ones = torch.empty_like(x), torch.empty_like(x), torch.ones_like(x)
+        kernel().gelu(x, y, ones, slope)
+        truth = torch.nn.functional.gelu(x.double())
+        finite = truth.isfinite()
+        error = (y.double() - truth)[finite].abs()
+        assert (error <= bound * truth[finite].abs().clamp(min=1e-3 if dtype == torch.bfloat16 else 1)).all()
+        assert y[-2] == math.inf
+        assert y[-1].abs() < 1e-37  # the limit is 0; PyTorch has NaN
+        slopes = torch.ops.aten.gelu_backward(ones.double(), x.double())
+        error = (slope.double() - slopes)[finite].abs()
+        assert error.max() <= 4 * bound
+        nan = torch.full((5,), math.nan, dtype=dtype)
+        kernel().gelu(nan, nan)
+        assert nan.isnan().all()
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(kernel_name: str) -> None:
+    torch.manual_seed(0)
+    module = Sequencer2DBlock(48, 12)
+    x = torch.randn(3, 16, 16, 48)
+
+    def run(threads: int) -> list[Tensor]:
+        torch.set_num_threads(threads)
+        module.zero_grad()
+        module(x).square().sum().backward()
+        return [norm.weight.grad for norm in (module.norm1, module.norm2) if norm.weight.grad is not None]
+
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(run(1), run(3), strict=True))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_model_is_the_same_on_both_backends() -> None:
+    torch.manual_seed(0)
+    model = create_model("sequencer2d_conv_t_patch4_32", num_classes=5, drop_path_rate=0.3).train()
+    nn.init.normal_(model.head.get_parameter("fc.weight"))
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
+
+    def run(backend: str) -> Tensor:
+        set_backend(model, backend)
+        model.zero_grad()
+        torch.manual_seed(7)  # drop path
+        nn.functional.cross_entropy(model(images), labels).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    ours, theirs = run("native"), run("torch")
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def parts(model_block: Sequencer2DBlock) -> list[nn.Module]:
+    mlp: Any = model_block.mlp_channels
+    return [model_block.norm1, model_block.norm2, mlp, mlp.fc1, mlp.act, mlp.fc2, model_block.rnn_tokens.fc]  # type: ignore
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_hook_in_a_block_is_called(training: bool) -> None:
+    model_block = Sequencer2DBlock(16, 4).train(training)
+    called: list[int] = []
+    for i, module in enumerate(parts(model_block)):
+        module.register_forward_hook(lambda *_, i=i: called.append(i))
+    with torch.set_grad_enabled(training):
+        model_block(torch.randn(1, 4, 4, 16))
+    assert sorted(called) == [*range(7)]
+
+
+def test_layers_in_the_place_of_ours_are_used() -> None:
+    class Negative(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return -super().forward(input)
+
+    x = torch.randn(1, 2, 2, 8)
+    module = Mlp(8, 8)
+    plain = native.mlp(module, x, "auto")
+    module.fc2.__class__ = Negative  # type: ignore
+    assert torch.allclose(native.mlp(module, x, "auto"), -plain, atol=1e-6)
+    fc = nn.Linear(8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = native.linear(fc, x, "auto")
+        fc.__class__ = Negative
+        assert torch.equal(native.linear(fc, x, "auto"), -before)
+    norm = nn.GroupNorm(1, 2)
+    assert torch.equal(native.residual_norm(x, None, nn.Identity(), norm, "auto")[1], norm(x))
+
+
+def test_dropout_is_pytorchs() -> None:
+    module = Mlp(8, 8, drop=0.5).train()
+    x = torch.randn(1, 2, 2, 8)
+    torch.manual_seed(0)
+    ours = native.mlp(module, x, "auto")
+    torch.manual_seed(0)
+    assert torch.equal(ours, module(x))
+
+
+def test_frozen_parts_get_no_gradient_and_cost_none() -> None:
+    module = Mlp(8, 8)
+    module.fc1.requires_grad_(False)
+    x = torch.randn(1, 2, 2, 8)
+    native.mlp(module, x, "native").sum().backward()
+    assert module.fc1.weight.grad is None
+    assert module.fc2.weight.grad is not None
+
+
+def test_casts_follow_the_weights() -> None:
+    fc, x = nn.Linear(64, 64), torch.randn(2, 64)
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: fc.weight.mul_(2),
+        lambda: fc.weight.data.mul_(2),
+        lambda: fc.load_state_dict(nn.Linear(64, 64).state_dict()),
+    ]
+    for change in changes:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            change()
+            assert torch.equal(native.linear(fc, x, "auto"), fc(x))
+
+
+def test_second_derivatives_are_an_error_not_a_wrong_number() -> None:
+    module, x = Mlp(4, 4), torch.randn(1, 1, 1, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(native.mlp(module, x, "native").square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_the_hidden_activations_are_not_kept() -> None:
+    kept: list[int] = []
+    module, x = Mlp(16, 48), torch.randn(1, 8, 8, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # type: ignore
+        native.mlp(module, x, "native")
+    assert sum(size == 64 * 48 for size in kept) == 1
