@@ -137,7 +137,7 @@ def test_gelu_of_every_size_of_number(kernel_name: str) -> None:
         error = (y.double() - truth)[finite].abs()
         assert (error <= bound * truth[finite].abs().clamp(min=1e-3 if dtype == torch.bfloat16 else 1)).all()
         assert y[-2] == math.inf
-        assert y[-1].abs() < 1e-37  # the limit is 0; PyTorch has NaN
+        assert y[-1].abs() < 1e-14  # the limit is 0; PyTorch has NaN
         slopes = torch.ops.aten.gelu_backward(ones.double(), x.double())
         error = (slope.double() - slopes)[finite].abs()
         assert error.max() <= 4 * bound

@@ -9,6 +9,16 @@ struct Exponential {
     Vec power, fraction; // 2^n, and e^r - 1 for x = n * ln 2 + r
 };
 
+// 2^t, less exactly.
+inline Exponential power(Vec t) {
+    const Vec n = nearest(t), f = t - n;
+    Vec q = Vec::broadcast(0.009618104435503483f); // (2^f - 1) / f, error 1.6e-5
+    q = multiply_add(q, f, Vec::broadcast(0.055843982845544815f));
+    q = multiply_add(q, f, Vec::broadcast(0.24023276567459106f));
+    q = multiply_add(q, f, Vec::broadcast(0.69313645362854f));
+    return {power_of_two(n), q * f};
+}
+
 template <bool Exact>
 inline Exponential exponential(Vec x) {
     const Vec t = x * Vec::broadcast(1.44269504f); // 1 / ln 2
@@ -24,12 +34,7 @@ inline Exponential exponential(Vec x) {
         q = multiply_add(q, r, Vec::broadcast(0.4999999701976776f));
         fraction = multiply_add(q * r, r, r);
     } else {
-        const Vec f = t - n;
-        Vec q = Vec::broadcast(0.009618104435503483f); // (2^f - 1) / f, error 1.6e-5
-        q = multiply_add(q, f, Vec::broadcast(0.055843982845544815f));
-        q = multiply_add(q, f, Vec::broadcast(0.24023276567459106f));
-        q = multiply_add(q, f, Vec::broadcast(0.69313645362854f));
-        fraction = q * f;
+        return power(t);
     }
     return {power_of_two(n), fraction};
 }

@@ -1,13 +1,46 @@
 // GELU, x Phi(x) with the normal distribution's Phi, and its derivative, Phi(x) + x phi(x), in one pass.
 //
-// Phi(-|x|) = (a1 t + ... + a5 t^5) e^(-x^2 / 2) with t = 1 / (1 + p |x|): Abramowitz & Stegun 7.1.26, error 1e-7.
 // gelu(x) = max(x, 0) - |x| Phi(-|x|), which keeps the digits of small results.
+// Float: Phi(-|x|) = (a1 t + ... + a5 t^5) e^(-x^2 / 2), t = 1 / (1 + p |x|): Abramowitz & Stegun 7.1.26, error 1e-7.
+// bfloat16: its binary logarithm is nearly a parabola; a polynomial gives it to 2.3e-4 of the result up to |x| = 8.
 #pragma once
 
 #include "activations.h"
 #include "tiles.h"
 
 namespace {
+
+template <bool Exact>
+struct Normal { // at -x, for x >= 0
+    Vec area, density;
+    __attribute__((always_inline)) inline explicit Normal(Vec x) {
+        const Vec one = Vec::broadcast(1);
+        if (Exact) {
+            const Exponential e = exponential<true>(clamp(x * x * Vec::broadcast(-0.5f), -87, 0));
+            const Vec bell = multiply_add(e.power, e.fraction, e.power);
+            const Vec t = reciprocal<true>(multiply_add(x, Vec::broadcast(0.23164189f), one)); // p / sqrt(2)
+            Vec q = Vec::broadcast(0.5f * 1.061405429f);
+            q = multiply_add(q, t, Vec::broadcast(0.5f * -1.453152027f));
+            q = multiply_add(q, t, Vec::broadcast(0.5f * 1.421413741f));
+            q = multiply_add(q, t, Vec::broadcast(0.5f * -0.284496736f));
+            q = multiply_add(q, t, Vec::broadcast(0.5f * 0.254829592f));
+            area = q * t * bell;
+            density = bell * Vec::broadcast(0.39894228f);
+        } else {
+            Vec q = Vec::broadcast(1.3207795e-05f);
+            q = multiply_add(q, x, Vec::broadcast(-0.00042678335f));
+            q = multiply_add(q, x, Vec::broadcast(0.0058977452f));
+            q = multiply_add(q, x, Vec::broadcast(-0.0469971553f));
+            q = multiply_add(q, x, Vec::broadcast(-0.467330312f));
+            q = multiply_add(q, x, Vec::broadcast(-1.14700493f));
+            const Exponential a = power(multiply_add(q, x, Vec::broadcast(-1.00033051f)));
+            area = multiply_add(a.power, a.fraction, a.power);
+            // log2 of e^(-x^2 / 2) / sqrt(2 pi)
+            const Exponential d = power(multiply_add(x * x, Vec::broadcast(-0.72134752f), Vec::broadcast(-1.32574806f)));
+            density = multiply_add(d.power, d.fraction, d.power);
+        }
+    }
+};
 
 template <class Value>
 struct Gelu {
@@ -37,24 +70,13 @@ struct Gelu {
     }
 
     __attribute__((always_inline)) inline void run_vector(int64_t i, const int lanes) const {
-        const Vec zero = Vec::broadcast(0), one = Vec::broadcast(1);
-        const Vec v = load(x + i, lanes), positive = clamp(v, 0, __builtin_inff());
-        const Vec near = clamp(v, -20, 20), size = clamp(near, 0, 20) + clamp(zero - near, 0, 20);
-        const Exponential e = exponential<exact>(clamp(near * near * Vec::broadcast(-0.5f), -87, 0));
-        const Vec bell = multiply_add(e.power, e.fraction, e.power); // e^(-x^2 / 2)
-        const Vec t = reciprocal<exact>(multiply_add(size, Vec::broadcast(0.23164189f), one)); // p / sqrt(2)
-        Vec q = Vec::broadcast(0.5f * 1.061405429f);
-        q = multiply_add(q, t, Vec::broadcast(0.5f * -1.453152027f));
-        q = multiply_add(q, t, Vec::broadcast(0.5f * 1.421413741f));
-        q = multiply_add(q, t, Vec::broadcast(0.5f * -0.284496736f));
-        q = multiply_add(q, t, Vec::broadcast(0.5f * 0.254829592f));
-        const Vec tail = q * t * bell; // Phi(-|x|)
-        store(y + i, positive - size * tail, lanes);
+        const Vec v = load(x + i, lanes), size = clamp(absolute(v), 0, exact ? 20 : 8);
+        const Normal<exact> tail(size);
+        store(y + i, clamp(v, 0, __builtin_inff()) - size * tail.area, lanes);
         if (grad_y) {
             const Vec above = clamp(v * Vec::broadcast(1e38f), 0, 1); // 1 where x > 0
-            const Vec phi = multiply_add(one - above - above, tail, above);
-            const Vec slope = multiply_add(near * Vec::broadcast(0.39894228f), bell, phi);
-            store(grad_x + i, load(grad_y + i, lanes) * slope, lanes);
+            const Vec slope = tail.area - size * tail.density;        // where it is not
+            store(grad_x + i, load(grad_y + i, lanes) * multiply_add(Vec::broadcast(1) - above - above, slope, above), lanes);
         }
     }
 };

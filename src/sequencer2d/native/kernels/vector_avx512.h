@@ -27,6 +27,8 @@ inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+inline Vec absolute(Vec x) { return {_mm512_abs_ps(x.v)}; }
+
 inline float total(Vec x) { return _mm512_reduce_add_ps(x.v); }
 
 inline __mmask16 first(int count) { return static_cast<__mmask16>((1u << count) - 1); }

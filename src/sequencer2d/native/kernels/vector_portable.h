@@ -5,6 +5,7 @@
 //   load, store                  `count` values, float or bfloat16; lanes beyond are 0, or not written; count == lanes
 //                                is what compilers should specialise for
 //   multiply_add(a, b, c)        a * b + c
+//   absolute(x)                  |x|
 //   total(x)                     sum of the lanes
 //   clamp(x, low, high)          NaN stays NaN
 //   reciprocal<Exact>(x)         1 / x for |x| in [1, 1e38]; not exact: to about bfloat16
@@ -35,6 +36,8 @@ inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec multiply_add(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+
+inline Vec absolute(Vec x) { return {(Floats)((Bits)x.v & 0x7fffffff)}; }
 
 inline float total(Vec x) { return (x.v[0] + x.v[1]) + (x.v[2] + x.v[3]); }
 
