@@ -260,8 +260,7 @@ def test_ctrl_c_ends_a_check_at_once_and_keeps_what_it_found(tmp_path: Path) -> 
         (signal.SIGINT, 0),
         (signal.SIGINT, 1),
         (signal.SIGTERM, 0),
-        # Known and not mended (docs/training.md): the signal ends a loader process, and with it the run, with status 1.
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.xfail(strict=True, raises=AssertionError)),
+        (signal.SIGTERM, 1),
     ],
 )
 def test_a_signal_stops_with_status_75_and_the_run_can_go_on(

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from PIL import Image
@@ -29,6 +31,7 @@ from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 from sequencer2d.training.muon import Muon
 from sequencer2d.training.run import train
+from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import ModelFileError, load_model
 
 
@@ -155,6 +158,34 @@ def test_so_does_one_with_all_that_fine_tuning_has(
     test_a_stopped_run_continues_as_if_it_had_not_stopped(batch, optimizer, tuned, tmp_path, monkeypatch)
     tables = [(tmp_path / name / "csv" / "metrics.csv").read_text().splitlines() for name in ("run", "whole")]
     assert len(tables[0]) == len(tables[1]) == len(rows(tmp_path / "run")) + 1
+
+
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(SequencerTask, "configure_optimizers"), (pl.loops.fit_loop._FitLoop, "setup_data")]
+)
+def test_asked_to_stop_before_the_first_update_a_run_stops_and_can_go_on(
+    owner: type, name: str, begun: bool, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second moment Lightning has its own handler of SIGTERM in place, if one lets it."""
+    original = getattr(owner, name)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def struck(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    if begun:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 3)
+            updates = train(config).updates
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, struck)
+        stopped = train(config)
+    assert not stopped.finished
+    assert stopped.updates == (updates if begun else 0)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert train(config).finished
 
 
 def test_the_last_weights_are_a_model_file_too(config: TrainConfig) -> None:

@@ -29,7 +29,14 @@ from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.batch_size import SMALLEST, find_batch_size
-from sequencer2d.training.callbacks import Checkpoints, JsonLinesLogger, StopRequested, TrainingProgress, own_signals
+from sequencer2d.training.callbacks import (
+    Checkpoints,
+    JsonLinesLogger,
+    StopRequested,
+    TrainingProgress,
+    keep_signals,
+    stop_signals_to,
+)
 from sequencer2d.training.checkpoints import (
     CheckpointFolder,
     find_checkpoints,
@@ -426,7 +433,8 @@ def _fit(
     folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
     loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint is not None)
     patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
-    with warnings.catch_warnings(), own_signals():
+    checkpoints = Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best)
+    with warnings.catch_warnings(), stop_signals_to(checkpoints.request):
         _ignore_lightning_advice()
         trainer = pl.Trainer(
             accelerator="auto",
@@ -449,9 +457,10 @@ def _fit(
             callbacks=[
                 *([TrainingProgress()] if ranks.is_first else []),
                 *patience,
-                Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
+                checkpoints,
             ],
         )
+        keep_signals(trainer)
         try:
             trainer.fit(
                 task,
