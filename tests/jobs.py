@@ -108,6 +108,7 @@ class Job:
             "SLURM_JOB_NAME": "training",
             "SLURM_NTASKS": str(self.ranks),
             "SLURM_NTASKS_PER_NODE": str(self.ranks),
+            "SLURM_STEP_NUM_TASKS": str(self.ranks),
             "SLURM_NNODES": "1",
             "SLURM_NODELIST": "127.0.0.1",
             "SLURM_NODEID": "0",
