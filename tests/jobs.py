@@ -18,19 +18,26 @@ from sequencer2d.cli import main
 from sequencer2d.training.task import SequencerTask
 
 rank, batch, number, done = os.environ.get("RANK", "0"), int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-seen, original = 0, SequencerTask.training_step
+seen, original, set_up = 0, SequencerTask.training_step, SequencerTask.configure_optimizers
+
+def strike(now):
+    if rank == os.environ.get("VICTIM", rank) and now == batch and not done.exists():
+        done.touch()
+        os.kill(os.getpid(), number)
+
+def configure_optimizers(self):
+    strike(-1)
+    return set_up(self)
 
 def training_step(self, *arguments):
     global seen
-    if rank == os.environ.get("VICTIM", rank) and seen == batch and not done.exists():
-        done.touch()
-        os.kill(os.getpid(), number)
+    strike(seen)
     seen += 1
     with open(f"{done}-seen-{rank}", "a") as file:
         print(self.current_epoch, *arguments[0].indices.tolist(), file=file)
     return original(self, *arguments)
 
-SequencerTask.training_step = training_step
+SequencerTask.training_step, SequencerTask.configure_optimizers = training_step, configure_optimizers
 sys.exit(main(sys.argv[4:]))
 """
 
@@ -43,7 +50,8 @@ class Job:
         recipe: Keys of a recipe.
         ranks: Processes; they find each other as the launcher's do.
         launcher: `torchrun` or `slurm`, of which the environment is made.
-        kill: The batch (counted by each process from 0) in which the victim gets the signal, once, and the signal.
+        kill: The batch (counted by each process from 0; -1: before there is one) in which the victim gets the signal,
+            once, and the signal.
         victim: Its rank.
     """
 
@@ -61,7 +69,7 @@ class Job:
         (folder / "job.py").write_text(_SCRIPT)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         (folder / "killed").unlink(missing_ok=True)
-        batch, number = kill or (-1, signal.SIGTERM)
+        batch, number = kill or (-2, signal.SIGTERM)
         self.command = [
             *(str(folder / "job.py"), str(batch), str(int(number)), str(folder / "killed")),
             *("train", "--config", str(folder / "recipe.yaml")),
@@ -100,6 +108,7 @@ class Job:
             "SLURM_JOB_NAME": "training",
             "SLURM_NTASKS": str(self.ranks),
             "SLURM_NTASKS_PER_NODE": str(self.ranks),
+            "SLURM_STEP_NUM_TASKS": str(self.ranks),
             "SLURM_NNODES": "1",
             "SLURM_NODELIST": "127.0.0.1",
             "SLURM_NODEID": "0",

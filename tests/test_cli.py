@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,22 @@ def test_wrong_input_is_one_line_and_status_2(
     assert captured.err.count("\n") == 1
     assert hint in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_train_tells_which_options_were_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sequencer2d.training import run
+
+    asked: list[tuple[int, set[str]]] = []
+
+    def train(config: Any, given: set[str]) -> None:
+        asked.append((config.log_every, given))
+        raise ValueError
+
+    monkeypatch.setattr(run, "train", train)
+    (tmp_path / "mine.yaml").write_text("seed: 0\n")
+    options = ["--config", str(tmp_path / "mine.yaml"), "--log-every=10", "--optim.clip-grad-norm", "1"]
+    assert main(["train", "--resume", "somewhere", *options]) == WRONG_INPUT
+    assert asked == [(10, {"resume", "seed", "log_every", "optim"})]
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
@@ -260,8 +277,7 @@ def test_ctrl_c_ends_a_check_at_once_and_keeps_what_it_found(tmp_path: Path) -> 
         (signal.SIGINT, 0),
         (signal.SIGINT, 1),
         (signal.SIGTERM, 0),
-        # Known and not mended (docs/training.md): the signal ends a loader process, and with it the run, with status 1.
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.xfail(strict=True, raises=AssertionError)),
+        (signal.SIGTERM, 1),
     ],
 )
 def test_a_signal_stops_with_status_75_and_the_run_can_go_on(

@@ -56,8 +56,8 @@ def train(arguments: list[str]) -> int:
     add_config_options(parser)
     seeds_help = "train with each of these seeds, such as 0,1,2, and sum up"
     parser.add_argument("--seeds", type=str | None, default=None, help=seeds_help)
-    given = [argument.partition("=")[0] for argument in arguments]
-    if not {"--config", "--data", "--resume"} & set(given):
+    names = {argument.partition("=")[0] for argument in arguments}
+    if not {"--config", "--data", "--resume"} & names:
         arguments = ["--config", "digits", *arguments]
     for position, argument in enumerate(arguments):
         if argument == "--config" and position + 1 < len(arguments):
@@ -65,6 +65,7 @@ def train(arguments: list[str]) -> int:
         elif argument.startswith("--config="):
             arguments[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
     options = parser.parse_args(arguments)
+    given = set(parser.parse_args(arguments, defaults=False).as_dict()) - {"config", "seeds"}
     del options["config"]
     seeds = options.pop("seeds")
     from sequencer2d.training.config import TrainConfig
@@ -77,7 +78,7 @@ def train(arguments: list[str]) -> int:
     _log_to_screen(logging.INFO if first else logging.CRITICAL)
     if seeds is not None:
         return _train_seeds(config, seeds, first)
-    result = run_training(config)
+    result = run_training(config, given)
     if not first:
         return DONE if result.finished else STOPPED
     if not result.finished:

@@ -1,6 +1,8 @@
 """Which images, in which order, with which random numbers: the same for any number of workers, and after a stop."""
 
 import itertools
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data._utils import signal_handling
 
 from batches import PREPROCESSING, assert_same, epoch, random_transform
 from sequencer2d.data.images import ImageError, Reduction
-from sequencer2d.data.loaders import Batch, CachedImages, ShuffledBatches, TrainLoader, eval_loader
+from sequencer2d.data.loaders import STOP_SIGNALS, Batch, CachedImages, ShuffledBatches, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, FileImages, ImageSet
 from sequencer2d.data.transforms import EvalTransform
 
@@ -260,3 +263,22 @@ def test_a_subset_of_cached_images_has_its_own_indices() -> None:
     part = cached.subset([3, 0])
     assert [part.image(i).getpixel((0, 0)) for i in (0, 1)] == [(3, 3, 3), (0, 0, 0)]
     assert part.labels.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_to_stop_does_not_end_a_worker_that_is_being_started(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end the training, too, when it goes to the whole group of processes."""
+    original = signal_handling._set_worker_signal_handlers
+
+    def struck() -> None:  # in the worker, before and after PyTorch sets handlers of its own
+        os.kill(os.getpid(), number)
+        original()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", struck)
+    images = ArrayImages(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int64), ["a", "b", "c", "d"])
+    loader = eval_loader(images, EvalTransform(PREPROCESSING), batch_size=2, num_workers=1)
+    assert [len(batch.images) for batch in loader] == [2, 2]
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])

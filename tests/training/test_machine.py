@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runs import tiny_run
-from sequencer2d.training import machine
+from sequencer2d.training import ranks
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.machine import flushes_denormals, set_threads, settled
 from sequencer2d.training.ranks import Ranks
@@ -45,14 +45,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_is_set_and_put_back_even_after_an_error(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "num_cores", lambda: 6)
+    monkeypatch.setattr(ranks, "num_cores", lambda: 6)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before = state()
     config = TrainConfig(deterministic=True)
     inside: list[dict[str, Any]] = []
 
     def fail() -> None:
-        with settled(config, Ranks(world_size=1, local_world_size=2)):
+        with settled(config, Ranks(world_size=2, local_world_size=2, sharing=2)):
             inside.append(state())
             raise KeyError
 
@@ -83,33 +83,42 @@ def test_without_a_gpu_products_in_fp32_are_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "cores", "processes", "asked_for", "threads"),
+    ("before", "cores", "processes", "sharing", "asked_for", "threads"),
     [
-        (4, 2, 1, False, 2),  # a quota that PyTorch does not know of
-        (1, 2, 1, False, 1),
-        (4, 2, 1, True, 4),  # OMP_NUM_THREADS is the user's word
-        (1, 8, 2, True, 4),  # but torchrun sets it, too
-        (1, 2, 3, True, 1),
+        (4, 2, 1, 1, False, 2),  # a quota that PyTorch does not know of
+        (1, 2, 1, 1, False, 1),
+        (4, 2, 1, 1, True, 4),  # OMP_NUM_THREADS is the user's word
+        (1, 8, 2, 2, True, 4),  # but torchrun sets it, too
+        (1, 2, 3, 3, True, 1),
+        (1, 4, 2, 1, True, 4),  # each process is bound to four of the machine's cores
     ],
 )
 def test_threads_follow_the_cores(
-    before: int, cores: int, processes: int, asked_for: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+    before: int,
+    cores: int,
+    processes: int,
+    sharing: int,
+    asked_for: bool,
+    threads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if asked_for:
         monkeypatch.setenv("OMP_NUM_THREADS", str(before))
     else:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "num_cores", lambda: cores)
+    monkeypatch.setattr(ranks, "num_cores", lambda: cores)
     at_first = torch.get_num_threads()
     try:
         torch.set_num_threads(before)
         with ExitStack() as undo:
-            line = set_threads(processes, undo)
+            line = set_threads(Ranks(world_size=processes, local_world_size=processes, sharing=sharing), undo)
             assert torch.get_num_threads() == threads
         assert torch.get_num_threads() == before
     finally:
         torch.set_num_threads(at_first)
-    assert line == f"threads: {threads} of {cores} cores" + (f" for each of {processes}" if processes > 1 else "")
+    assert line == f"threads: {threads} of {cores * processes // sharing} cores" + (
+        f" for each of {processes}" if processes > 1 else ""
+    )
 
 
 def lines_after(program: str) -> str:

@@ -1,15 +1,18 @@
 """Several processes train as one does: the same batches, updates and metrics, and none outlives another."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning_fabric.plugins.environments import SLURMEnvironment
 from torch import nn
 
 from jobs import Job
@@ -17,7 +20,8 @@ from runs import assert_same, rows
 from sequencer2d.data.catalog import load_data
 from sequencer2d.data.loaders import ShuffledBatches
 from sequencer2d.data.shards import write_shards
-from sequencer2d.training.ranks import Ranks
+from sequencer2d.training import ranks as ranks_module
+from sequencer2d.training.ranks import Ranks, _sharing
 
 
 def test_two_ranks_train_as_one(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -41,6 +45,15 @@ def test_a_run_of_two_ranks_goes_on_with_one(recipe: dict[str, Any], tmp_path: P
     assert "continuing" in errors
     Job(tmp_path / "whole", {**recipe, "run_dir": str(tmp_path / "whole run")}).run()
     assert_same(tmp_path / "run", tmp_path / "whole run")
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_update_stops_all_ranks(recipe: dict[str, Any], tmp_path: Path) -> None:
+    job = Job(tmp_path / "two", recipe, ranks=2, kill=(-1, signal.SIGTERM), victim=1)
+    statuses, errors = job.run()
+    assert statuses == [75, 75], errors
+    assert "stopped after 0 updates; continue with" in errors
+    assert job.run()[0] == [0, 0]
 
 
 @pytest.mark.slow
@@ -115,7 +128,9 @@ def test_a_rank_without_a_readable_image_does_not_keep_the_others_waiting(
     recipe |= {"batch_size": 3, "epochs": 1, "accumulate": 1}
     statuses, errors = Job(tmp_path / "two", recipe, ranks=2).run()
     assert statuses == [0, 0], errors
-    assert "skipped" in errors
+    skipped = json.loads((tmp_path / "run" / "result.json").read_text())["skipped"]
+    assert len(skipped) == 18
+    assert errors.count("skipped") == 18  # by whichever rank they were met
 
 
 @pytest.mark.slow
@@ -182,6 +197,39 @@ def test_a_single_process_needs_no_group() -> None:
     ranks = Ranks()
     assert ranks.is_first
     assert ranks.of_first(lambda: 3) == ranks.first_then_others(lambda: 3) == ranks.total(3) == ranks.highest(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("others", "sharing", "machine_cores", "own_cores"),
+    [
+        ([(0, {0, 1}), (0, {0, 1})], 3, 2, 1),  # as torchrun starts them
+        ([(0, {2, 3}), (0, {4, 5})], 1, 6, 2),  # as srun binds them
+        ([(1, {0, 1}), (1, {0, 1})], 1, 6, 2),  # elsewhere
+    ],
+)
+def test_cores_are_divided_among_the_processes_that_may_use_them(
+    others: list[tuple[int, set[int]]],
+    sharing: int,
+    machine_cores: int,
+    own_cores: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    monkeypatch.setattr(ranks_module, "num_cores", lambda: 2)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, *others])
+    ranks = Ranks(world_size=3, local_world_size=3)
+    assert _sharing(ranks, node=0) == sharing
+    ranks = replace(ranks, sharing=sharing)
+    assert (ranks.machine_cores, ranks.own_cores) == (machine_cores, own_cores)
+
+
+def test_slurm_says_how_many_cores_a_task_has_that_is_not_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "num_cores", lambda: 64)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    ranks = Ranks(world_size=2, local_world_size=2, sharing=2)
+    assert ranks.own_cores == 32
+    ranks = replace(ranks, environment=SLURMEnvironment(auto_requeue=False))
+    assert (ranks.machine_cores, ranks.own_cores) == (8, 4)
 
 
 _NORMS = """

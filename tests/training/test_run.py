@@ -5,8 +5,10 @@ import itertools
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pytorch_lightning.loops.fit_loop import _FitLoop
 from safetensors.torch import load_file
 
 from runs import last_checkpoint, make_images, rows, stop_at, tiny_run
@@ -23,12 +26,13 @@ from sequencer2d.data.check import check_folder
 from sequencer2d.data.mixing import BatchMixing
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
-from sequencer2d.training import machine
+from sequencer2d.training import machine, ranks
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
 from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 from sequencer2d.training.muon import Muon
 from sequencer2d.training.run import train
+from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import ModelFileError, load_model
 
 
@@ -157,6 +161,33 @@ def test_so_does_one_with_all_that_fine_tuning_has(
     assert len(tables[0]) == len(tables[1]) == len(rows(tmp_path / "run")) + 1
 
 
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("owner", "name"), [(SequencerTask, "configure_optimizers"), (_FitLoop, "setup_data")])
+def test_asked_to_stop_before_the_first_update_a_run_stops_and_can_go_on(
+    owner: type, name: str, begun: bool, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the second moment Lightning has its own handler of SIGTERM in place, if one lets it."""
+    original = getattr(owner, name)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def struck(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    updates = 0
+    if begun:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 3)
+            updates = train(config).updates
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, struck)
+        stopped = train(config)
+    assert not stopped.finished
+    assert stopped.updates == updates
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert train(config).finished
+
+
 def test_the_last_weights_are_a_model_file_too(config: TrainConfig) -> None:
     result = train(config)
     best, last = (load_model(result.run_dir / f"{name}.safetensors")[1] for name in ("model", "last"))
@@ -211,6 +242,57 @@ def test_resume_takes_a_folder_or_a_checkpoint_and_the_run_s_own_config(
         stop_at(patch, 1)
         assert not train(TrainConfig(resume=str(run_dir))).finished
     assert train(TrainConfig(resume=str(last_checkpoint(run_dir)))).finished
+
+
+def test_started_again_by_the_launcher_a_run_goes_on_from_where_it_was(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not from the checkpoint that it was first resumed from, which is no more among those that are kept."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        run_dir = train(config).run_dir
+    first = last_checkpoint(run_dir)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        updates = train(TrainConfig(resume=str(first))).updates
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with caplog.at_level(logging.INFO):
+        assert train(TrainConfig(resume=str(first))).finished
+    assert f"continuing {run_dir} after {updates} updates" in caplog.messages
+    assert not list(run_dir.glob("checkpoints/*.later"))
+
+
+def test_options_that_are_given_count_even_if_they_are_the_defaults(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        run_dir = train(replace(config, max_minutes=60.0)).run_dir
+    resume = TrainConfig(resume=str(run_dir))
+    with pytest.raises(ValueError, match="leave out max_minutes, or begin"):
+        train(resume, given={"resume", "max_minutes"})
+    assert train(resume, given={"resume", "log_every"}).finished
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert (saved["log_every"], saved["max_minutes"]) == (resume.log_every, 60.0)
+    assert config.log_every != resume.log_every
+
+
+def test_in_an_sbatch_script_without_srun_one_process_trains_alone(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {
+        "JOB_ID": "7",
+        "JOB_NAME": "train",
+        "NTASKS": "2",
+        "NNODES": "1",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODEID": "0",
+    }
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(ranks, "PATIENCE", timedelta(seconds=3))
+    assert train(replace(config, epochs=1)).finished
 
 
 def test_a_run_that_goes_on_keeps_its_config_and_precision(

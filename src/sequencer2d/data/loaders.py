@@ -4,11 +4,13 @@ Order and augmentation are functions of (seed, epoch, position) alone, whatever 
 can be repeated, and continued inside an epoch.
 """
 
+import copy
 import gc
 import logging
+import multiprocessing
 import signal
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -205,10 +207,9 @@ class TrainLoader(ImageLoader):
             TransformedImages(images, transform),
             batch_sampler=self.batches,
             collate_fn=as_it_is,
-            num_workers=num_workers,
-            worker_init_fn=begin_worker,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            **_workers(num_workers),
         )
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -255,8 +256,7 @@ def eval_loader(
         TransformedImages(images, transform),
         batch_sampler=keys,
         collate_fn=as_it_is,
-        num_workers=num_workers,
-        worker_init_fn=begin_worker,
+        **_workers(num_workers),
     )
 
 
@@ -327,6 +327,36 @@ class CachedImages(ImageSet):
         return image
 
 
+class Worker(multiprocessing.Process):
+    """A process that the signals to stop cannot end while it is being started: they wait until it ignores them."""
+
+    def start(self) -> None:
+        with _held_back():
+            super().start()
+
+
+@contextmanager
+def _held_back() -> Iterator[None]:
+    """Blocks the stop signals in this thread, and in the processes that it starts. Elsewhere they arrive as ever."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _workers(count: int) -> dict[str, Any]:
+    """Arguments of a loader with so many workers."""
+    if not count:
+        return {}
+    context: Any = copy.copy(multiprocessing.get_context())
+    context.Process = Worker
+    return {"num_workers": count, "worker_init_fn": begin_worker, "multiprocessing_context": context}
+
+
 def begin_worker(worker: int) -> None:
     """Leaves to the main process what is its own: Ctrl-C, and the end of what it had when it forked.
 
@@ -336,5 +366,7 @@ def begin_worker(worker: int) -> None:
     that waits for ever.
     """
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_IGN)  # also forgets one that came while `Worker` was being started
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     gc.freeze()

@@ -80,7 +80,8 @@ class Checkpoints(pl.Callback):
     """Keeps the best model file, writes checkpoints to go on from, and stops cleanly when asked to.
 
     Checkpoints are written after every validation, every so many minutes in between, and on Ctrl-C, SIGTERM or SIGUSR1
-    (Slurm's, ahead of the end of the job), as soon as the update is finished. A second Ctrl-C stops at once.
+    (Slurm's, ahead of the end of the job), as soon as the update is finished. A second Ctrl-C stops at once. Asked to
+    before the first update, training stops without one.
 
     Args:
         folder: Of the checkpoints.
@@ -107,10 +108,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.last_save = time.monotonic()
-        # Only now: Lightning's own handler of SIGTERM, set before, would leave at once without a checkpoint.
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                signal.signal(number, self.request)
+        self.stopping = self.ranks.highest(int(self.requested)) == 1
 
     def request(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
@@ -153,17 +151,27 @@ class Checkpoints(pl.Callback):
 
 
 @contextmanager
-def own_signals() -> Iterator[None]:
-    """Puts the handlers of the stop signals back afterwards; Lightning's, too, would else outlive the training."""
+def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Has the stop signals handled so meanwhile; only the main thread may, and others leave them as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def keep_signals(trainer: pl.Trainer) -> None:
+    """Keeps Lightning from handling SIGTERM: it would end the training at once, without a checkpoint or a word.
+
+    Lightning has no option for it; this is its own method that takes the signals over.
+    """
+    connector = trainer._signal_connector
+    assert callable(connector.register_signal_handlers)
+    connector.register_signal_handlers = lambda: None
 
 
 class TrainingProgress(pl.Callback):

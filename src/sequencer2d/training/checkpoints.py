@@ -72,7 +72,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         if is_whole(path):
             for damaged in found[:position]:
                 log.warning("%s is damaged (its checksum is another); going on from %s", damaged, path.name)
-                damaged.rename(damaged.with_suffix(".damaged"))
+                damaged.replace(damaged.with_suffix(".damaged"))
             return path
     if found:
         raise CheckpointError(
@@ -92,7 +92,7 @@ def go_back_to(path: Path) -> None:
     """Sets the checkpoints aside that are newer than this one, from which a run is to go on."""
     found = find_checkpoints(path.parent)
     for later in found[: found.index(path)]:
-        later.rename(later.with_suffix(".later"))
+        later.replace(later.with_suffix(".later"))
 
 
 def _digits(content: bytes) -> str:

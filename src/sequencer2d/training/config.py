@@ -174,10 +174,12 @@ class TrainConfig:
         return _plain(asdict(self))
 
 
-def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float) -> TrainConfig:
+def resolve(
+    config: TrainConfig, *, model: str, image_size: int, crop_pct: float, cores: int | None = None
+) -> TrainConfig:
     """Fills in every `None` that follows from the model, the image size, the schedule and the machine.
 
-    The batch size must be a number by now.
+    The batch size must be a number by now. `cores` are those of all processes on this machine; default: of this one.
     """
     small = image_size <= SMALL_IMAGE_SIZE
     augment, optim = config.augment, config.optim
@@ -207,7 +209,7 @@ def resolve(config: TrainConfig, *, model: str, image_size: int, crop_pct: float
             warmup_epochs=_default(optim.warmup_epochs, config.epochs / 15),
         ),
         progressive=progressive,
-        num_workers=_default(config.num_workers, 0 if small else max(1, num_cores() - 1)),
+        num_workers=_default(config.num_workers, 0 if small else max(1, (cores or num_cores()) - 1)),
     )
 
 

@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sequencer2d.cores import num_cores
-
 if TYPE_CHECKING:
     from sequencer2d.training.config import TrainConfig
     from sequencer2d.training.ranks import Ranks
@@ -56,7 +54,7 @@ def settled(config: "TrainConfig", ranks: "Ranks") -> Iterator[tuple[str, ...]]:
     import torch
 
     with ExitStack() as undo:
-        lines = [set_threads(ranks.local_world_size, undo), _flush_denormals(undo), _allocator()]
+        lines = [set_threads(ranks, undo), _flush_denormals(undo), _allocator()]
         if torch.cuda.is_available():
             undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("high")
@@ -67,19 +65,18 @@ def settled(config: "TrainConfig", ranks: "Ranks") -> Iterator[tuple[str, ...]]:
         yield tuple(lines)
 
 
-def set_threads(processes: int, undo: ExitStack) -> str:
-    """Shares the cores among the processes of this machine, and says how many threads each one has.
+def set_threads(ranks: "Ranks", undo: ExitStack) -> str:
+    """Shares the cores among the processes that may use them, and says how many threads each one has.
 
     `torchrun` gives each a single thread. Where one process has the machine, OMP_NUM_THREADS or PyTorch decide; but
     PyTorch does not know of a container's quota of time, beyond which threads only wait for each other.
     """
     import torch
 
-    before, cores = torch.get_num_threads(), num_cores()
+    before, cores, processes = torch.get_num_threads(), ranks.machine_cores, ranks.local_world_size
+    threads = before if "OMP_NUM_THREADS" in os.environ else min(before, cores)
     if processes > 1:
-        threads = max(1, cores // processes)
-    else:
-        threads = before if "OMP_NUM_THREADS" in os.environ else min(before, cores)
+        threads = ranks.own_cores
     if threads != before:
         undo.callback(torch.set_num_threads, before)
         torch.set_num_threads(threads)

@@ -3,13 +3,15 @@
 import atexit
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from lightning_fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor, distributed, nn
+
+from sequencer2d.cores import num_cores
 
 Value = TypeVar("Value")
 
@@ -26,6 +28,8 @@ class Ranks:
     local_rank: int = 0
     """Among the processes of this machine."""
     local_world_size: int = 1
+    sharing: int = 1
+    """How many of these may use the same cores, itself included: `srun` can bind each to cores of its own."""
     environment: ClusterEnvironment | None = None
     """Lightning's view of the launcher."""
 
@@ -37,6 +41,19 @@ class Ranks:
     def num_nodes(self) -> int:
         """Machines, of which each runs as many of the processes."""
         return self.world_size // self.local_world_size
+
+    @property
+    def machine_cores(self) -> int:
+        """Cores of all these processes on this machine together."""
+        cores = num_cores() * self.local_world_size // self.sharing
+        if isinstance(self.environment, SLURMEnvironment) and "SLURM_CPUS_PER_TASK" in os.environ:
+            cores = min(cores, int(os.environ["SLURM_CPUS_PER_TASK"]) * self.local_world_size)
+        return cores
+
+    @property
+    def own_cores(self) -> int:
+        """This process's part of them."""
+        return max(1, self.machine_cores // self.local_world_size)
 
     def of_first(self, function: Callable[[], Value]) -> Value:
         """What `function` returns on the first rank, for all; what it raises there, all raise."""
@@ -66,6 +83,14 @@ class Ranks:
         together = torch.tensor(value, dtype=torch.float64)
         distributed.all_reduce(together, distributed.ReduceOp.MAX)
         return together.item()
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, in their order. They are plain data."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
 
     def total(self, value: int) -> int:
         """The sum over the ranks."""
@@ -115,7 +140,15 @@ def join_ranks() -> Ranks:
             backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=PATIENCE
         )
         atexit.register(distributed.destroy_process_group)
-    return ranks
+    return replace(ranks, sharing=_sharing(ranks, environment.node_rank()))
+
+
+def _sharing(ranks: Ranks, node: int) -> int:
+    """Processes of this machine that may run on one of this one's cores."""
+    if not hasattr(os, "sched_getaffinity"):
+        return ranks.local_world_size
+    cores = os.sched_getaffinity(0)
+    return sum(node == other and not cores.isdisjoint(theirs) for other, theirs in ranks.gather((node, cores)))
 
 
 def _store(ranks: Ranks) -> distributed.Store:
@@ -129,7 +162,7 @@ def _store(ranks: Ranks) -> distributed.Store:
 def _launcher() -> ClusterEnvironment | None:
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if SLURMEnvironment.detect():
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # of `srun`; in an `sbatch` script there is one process
         return SLURMEnvironment(auto_requeue=False)  # a run that was stopped says so by its exit status
     return None
 

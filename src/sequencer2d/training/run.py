@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
+from lightning_fabric.plugins.environments import LightningEnvironment
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
@@ -29,7 +30,14 @@ from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.batch_size import SMALLEST, find_batch_size
-from sequencer2d.training.callbacks import Checkpoints, JsonLinesLogger, StopRequested, TrainingProgress, own_signals
+from sequencer2d.training.callbacks import (
+    Checkpoints,
+    JsonLinesLogger,
+    StopRequested,
+    TrainingProgress,
+    keep_signals,
+    stop_signals_to,
+)
 from sequencer2d.training.checkpoints import (
     CheckpointFolder,
     find_checkpoints,
@@ -60,6 +68,7 @@ from sequencer2d.training.run_folder import (
     locked,
     numbered,
     of_same_run,
+    resume_path,
     run_of,
 )
 from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_model
@@ -92,10 +101,14 @@ class TrainResult:
     """One message for each image that could not be read."""
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, given: Collection[str] | None = None) -> TrainResult:
     """Trains by a config and leaves a run folder: config, split, metrics, checkpoints, model file and report.
 
     Started in several processes by `torchrun` or Slurm, all train together; the first one writes.
+
+    Args:
+        config: What to train; to resume a run, what to change of its own config.
+        given: The fields of that change. Default: those that are not as by default.
 
     Raises:
         ValueError, FileNotFoundError: The config, the data or the starting weights are unusable; nothing was written.
@@ -107,9 +120,9 @@ def train(config: TrainConfig) -> TrainResult:
     """
     tune_allocator()
     ranks = join_ranks()
-    resumed_from = None if config.resume in ("auto", "never") else Path(config.resume)
+    resumed_from = resume_path(config.resume)
     if resumed_from:
-        config = of_same_run(load_run_config(run_of(resumed_from)), config)
+        config = of_same_run(load_run_config(run_of(resumed_from)), config, given)
     check_loggers(config.loggers)
     is_to_shard(config, ranks)  # or says why not, before anything is written
     with settled(config, ranks) as settings:
@@ -122,7 +135,7 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
     if config.compile:
         check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    config = ranks.of_first(lambda: _resolve(config, data, ranks.world_size))
+    config = ranks.of_first(lambda: _resolve(config, data, ranks))
     run_dir = ranks.of_first(lambda: run_of(resumed_from) if resumed_from else choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
@@ -198,7 +211,7 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     run_dir = Path(config.run_dir)
     if not (run_dir / "result.json").exists():
         return None
-    changed = changed_fields(load_run_config(run_dir), _resolve(config, _load_data(config)))
+    changed = changed_fields(load_run_config(run_dir), _resolve(config, _load_data(config), Ranks()))
     if changed:
         raise ValueError(f"{run_dir} holds a finished run of another config ({', '.join(changed)})")
     return json.loads((run_dir / "result.json").read_text())
@@ -279,7 +292,7 @@ def _load_data(config: TrainConfig) -> ImageData:
     return load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed_of_split)
 
 
-def _resolve(config: TrainConfig, data: ImageData, num_processes: int = 1) -> TrainConfig:
+def _resolve(config: TrainConfig, data: ImageData, ranks: Ranks) -> TrainConfig:
     config = follow_weights(config)
     name = config.model if config.model != "auto" else _default_model(data)
     variant = get_variant(name)
@@ -289,7 +302,7 @@ def _resolve(config: TrainConfig, data: ImageData, num_processes: int = 1) -> Tr
 
     def resolved(batch_size: int) -> TrainConfig:
         numbered = replace(config, batch_size=batch_size)
-        return resolve(numbered, model=name, image_size=image_size, crop_pct=crop_pct)
+        return resolve(numbered, model=name, image_size=image_size, crop_pct=crop_pct, cores=ranks.machine_cores)
 
     if config.batch_size != "auto":
         return resolved(config.batch_size)
@@ -297,7 +310,7 @@ def _resolve(config: TrainConfig, data: ImageData, num_processes: int = 1) -> Tr
         begun = resolved(saved.images_per_step)
         if not changed_fields(saved, begun):
             return begun
-    return resolved(_find_batch_size(resolved(SMALLEST), data, num_processes))
+    return resolved(_find_batch_size(resolved(SMALLEST), data, ranks.world_size))
 
 
 def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str) -> Iterator[TrainConfig]:
@@ -426,7 +439,8 @@ def _fit(
     folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
     loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint is not None)
     patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
-    with warnings.catch_warnings(), own_signals():
+    checkpoints = Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best)
+    with warnings.catch_warnings(), stop_signals_to(checkpoints.request):
         _ignore_lightning_advice()
         trainer = pl.Trainer(
             accelerator="auto",
@@ -445,13 +459,14 @@ def _fit(
             enable_model_summary=False,
             enable_checkpointing=False,
             logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard"), *loggers],
-            plugins=[folder, *([ranks.environment] if ranks.environment else [])],
+            plugins=[folder, ranks.environment or LightningEnvironment()],  # which would else look for one itself
             callbacks=[
                 *([TrainingProgress()] if ranks.is_first else []),
                 *patience,
-                Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
+                checkpoints,
             ],
         )
+        keep_signals(trainer)
         try:
             trainer.fit(
                 task,

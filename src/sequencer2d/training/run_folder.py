@@ -1,7 +1,8 @@
 """The folder of a run: which one, for whom alone, and from where a run in it goes on."""
 
 import itertools
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,17 @@ def checkpoint_of(run_dir: Path, asked_for: Path | None) -> Path | None:
     return asked_for
 
 
+def resume_path(resume: str) -> Path | None:
+    """The folder or checkpoint given to --resume, if any was.
+
+    Once the launcher has started the processes again, it is the run of that checkpoint, which has gone on from there.
+    """
+    if resume in ("auto", "never"):
+        return None
+    path, restarts = Path(resume), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return path.parent.parent if path.suffix == ".ckpt" and restarts else path
+
+
 def run_of(path: Path) -> Path:
     """The run folder of a folder or checkpoint given to --resume."""
     run_dir = path.parent.parent if path.is_file() else path
@@ -93,21 +105,27 @@ def run_of(path: Path) -> Path:
     return run_dir
 
 
-def of_same_run(saved: TrainConfig, given: TrainConfig) -> TrainConfig:
-    """The run's own config, with what may change and was given otherwise than by default.
+def of_same_run(saved: TrainConfig, wish: TrainConfig, given: Collection[str] | None = None) -> TrainConfig:
+    """The run's own config, with the fields of a wish that may change.
+
+    Args:
+        saved: The run's.
+        wish: What it is to go on with.
+        given: The fields that were asked for. Default: those that are not as by default.
 
     Raises:
-        ValueError: Something else was given, too.
+        ValueError: Something else was asked for, too.
     """
-    before, after, default = saved.to_dict(), given.to_dict(), TrainConfig().to_dict()
-    changes = {name for name in after if after[name] not in (before[name], default[name], "auto")}
-    changes -= {"resume", "run_dir"}
+    before, after, default = saved.to_dict(), wish.to_dict(), TrainConfig().to_dict()
+    if given is None:
+        given = [name for name in after if after[name] != default[name]]
+    changes = {name for name in given if after[name] not in (before[name], "auto")} - {"resume", "run_dir"}
     if changes - MAY_CHANGE:
         raise ValueError(
             f"a run is resumed with its own config; leave out {', '.join(sorted(changes - MAY_CHANGE))}, "
             "or begin another run with --weights"
         )
-    return replace(saved, **{name: getattr(given, name) for name in changes})
+    return replace(saved, **{name: getattr(wish, name) for name in changes})
 
 
 def load_run_config(run_dir: Path) -> TrainConfig:

@@ -86,7 +86,7 @@ class SequencerTask(pl.LightningModule):
         self.val_accuracy = MulticlassAccuracy(model.config.num_classes, average="micro")
         self.val_loss = MeanMetric()
         self.skipped: dict[str, None] = {}
-        """Unreadable images met so far, once each, in the order of their appearance."""
+        """Unreadable images met so far, once each, as they appeared; other ranks' once they are shared."""
         self.nonfinite_updates = 0
         """Skipped so far."""
         self.batches: list[Batch] = []
@@ -194,7 +194,7 @@ class SequencerTask(pl.LightningModule):
         self.epoch_started = time.monotonic()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        self.note_skipped(batch)
+        self.note_skipped(batch.skipped)
         num_images = self.ranks.total(len(batch.images))
         if not num_images:
             return None
@@ -264,7 +264,7 @@ class SequencerTask(pl.LightningModule):
             self.last_batch, self.missing_batches = own - 1, int(self.ranks.highest(own)) - own
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.note_skipped(batch)
+        self.note_skipped(batch.skipped)
         if len(batch.images):
             logits = self.evaluated_model(normalize(batch.images, self.preprocessing)).float()
             loss = F.cross_entropy(logits, batch.labels).nan_to_num(nan=math.inf)  # the mean would leave it out
@@ -297,14 +297,20 @@ class SequencerTask(pl.LightningModule):
         self.log("epoch", self.epochs_done)
         self.log("elapsed_s", self.clock.elapsed_s)
 
-    def note_skipped(self, batch: Batch) -> None:
+    def note_skipped(self, messages: list[str]) -> None:
         """Remembers the images that could not be read, and tells of each once."""
-        for message in batch.skipped:
+        for message in messages:
             if message not in self.skipped:
                 log.warning("skipped %s", message)
             self.skipped[message] = None
 
+    def share_skipped(self) -> None:
+        """Tells every rank of the images that others could not read."""
+        for messages in self.ranks.gather(list(self.skipped)):
+            self.note_skipped(messages)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.share_skipped()  # all ranks come here, after every validation and when they stop
         checkpoint["sequencer2d"] = {
             "config": self.config.to_dict(),
             "elapsed_s": self.clock.elapsed_s,
