@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 1 // one more with every change of this file
+#define SEQUENCER2D_ABI 2 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -38,6 +38,45 @@ struct BackwardTensors {
     float* grad_bias;      // [R, 4, D], out: sum of grad_gates over the tokens
 };
 
+// A linear layer on bytes: y = scale * (weights * x) + bias, x in 0 ... 255. The zero of x and its scale are in these.
+struct Int8Linear {
+    const int8_t* weights; // as `pack_int8` left them
+    const float* scale;    // [outputs]
+    const float* bias;     // [outputs]
+    int64_t inputs, outputs;
+};
+
+// To bytes, channel by channel: round(scale * x + shift), within 0 and 255.
+struct Int8Affine {
+    const float *scale, *shift;
+};
+
+// gates = linear(norm(x)), of N tokens
+struct Int8Project {
+    int64_t tokens;
+    int32_t threads;
+    float eps;       // of the norm
+    const float* x;  // [N, linear.inputs]
+    Int8Affine norm; // of the normalised tokens
+    Int8Linear linear;
+    void* gates; // [N, linear.outputs] bfloat16, out
+};
+
+// x += fc(hidden);  x += fc2(gelu(fc1(norm(x)))), of N tokens
+struct Int8Finish {
+    int64_t tokens;
+    int32_t threads;
+    float eps;          // of the norm
+    const void* hidden; // [N, fc.inputs] bfloat16: hidden states
+    float* x;           // [N, fc.outputs], in and out
+    Int8Affine states;  // of the hidden states
+    Int8Linear fc;
+    Int8Affine norm; // of the normalised tokens
+    Int8Linear fc1;
+    Int8Affine active; // of what GELU puts out
+    Int8Linear fc2;
+};
+
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
@@ -46,4 +85,8 @@ struct Kernel {
     void (*pack)(const Problem&, bool backward, const void* w_hh, void* packed); // w_hh: [R, 4*D, D] values
     int (*forward)(const Problem&, const ForwardTensors&);
     int (*backward)(const Problem&, const BackwardTensors&);
+    int64_t (*packed_int8_bytes)(int64_t inputs, int64_t outputs);                            //
+    void (*pack_int8)(int64_t inputs, int64_t outputs, const int8_t* weights, int8_t* packed); // [outputs, inputs]
+    int (*project)(const Int8Project&);
+    int (*finish)(const Int8Finish&);
 };

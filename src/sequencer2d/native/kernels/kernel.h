@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "int8.h"
 
 namespace {
 
@@ -57,6 +58,10 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
         [](const Problem& p, const BackwardTensors& t) {
             return is_float(p) ? Floats32::backward(p, t) : BFloats16::backward(p, t);
         },
+        packed_int8_bytes,
+        pack_int8,
+        project,
+        finish,
     };
 }
 
