@@ -56,7 +56,7 @@ def quantize(model: Sequencer2D, images: Float[Tensor, "N C H W"], *, batch_size
     except library.Unavailable as error:
         raise ValueError(f"int8 needs the CPU kernels: {error}") from error
     if kernel.name not in VNNI:
-        log.info("int8 runs in the kernel %s, without instructions for it (VNNI): bf16 or fp32 may be faster", kernel.name)
+        log.warning("int8 runs in the kernel %s, without instructions for it (VNNI): bf16 or fp32 may be faster", kernel.name)
     quantized = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     ranges = _measure(quantized, images, batch_size)
     for stage in quantized.stages:
