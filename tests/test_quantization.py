@@ -78,16 +78,18 @@ def test_a_linear_layer_is_within_its_rounding() -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(20, 30), torch.randn(20)
     x = torch.randn(500, 30) * torch.logspace(-2, 2, 30) + torch.randn(30)
-    range = Range()
-    range.add(x)
-    linear, scale, shift = quantization._linear(weight, bias, range)
+    seen = Range(30)
+    seen.add(x)
+    linear, scale, shift = quantization._linear(weight, bias, seen)
     levels = (x * scale + shift).double().round().clamp(0, 255)
     y = linear.scale.double() * (levels @ linear.weight.double().T) + linear.bias.double()
     by_level = (weight / scale).double()
     inputs = 0.5 * by_level.abs().sum(1)  # of every input half a level
     weights = 0.5 * linear.scale.double() * 255 * 30  # of every weight half of its own
     assert ((y - F.linear(x, weight, bias)).abs() <= inputs + weights).all()
-    of_mean = (by_level.square().sum(1) / 12 / len(x)).sqrt()  # which rounding leaves; that of the weights leaves nothing
+    of_mean = (
+        by_level.square().sum(1) / 12 / len(x)
+    ).sqrt()  # which rounding leaves; that of the weights leaves nothing
     assert ((y - F.linear(x, weight, bias)).mean(0).abs() <= 4 * of_mean).all()
 
 

@@ -1,11 +1,11 @@
-"""int8 inference on the CPU: the linear layers of the blocks in bytes, the recurrence in bf16, the rest as it was.
+"""int8 inference on the CPU: the linear layers of the blocks in bytes, recurrence and patches in bf16, norms in fp32.
 
-Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size per direction, `N = B·H·W` tokens, `K` inputs and
-`M` outputs of a linear layer.
+Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size per direction, `N = B·H·W` tokens, `K` inputs
+and `M` outputs of a linear layer.
 
 Every input channel of a linear layer has a range of its own, measured on images; it becomes 0 … 255. The step of a
-channel is multiplied into the weights, then every output's weights become -127 … 127. Nothing of this costs time, as the
-maps to bytes are those of the norms, or stand between two layers anyway.
+channel is multiplied into the weights, then every output's weights become -127 … 127. None of this costs time: the maps
+to bytes are part of the norms, or stand between two layers anyway.
 """
 
 import copy
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sequencer2d.layers import BiLSTM2D, Sequencer2DBlock
+from sequencer2d.layers import BiLSTM2D, Downsample2D, PatchEmbed, Sequencer2DBlock, pad_to_multiple
 from sequencer2d.model import Sequencer2D, Stage
 from sequencer2d.native import library, weights
 from sequencer2d.native.int8 import VNNI, Affine, Int8Linear, finish, project
@@ -56,11 +57,18 @@ def quantize(model: Sequencer2D, images: Float[Tensor, "N C H W"], *, batch_size
     except library.Unavailable as error:
         raise ValueError(f"int8 needs the CPU kernels: {error}") from error
     if kernel.name not in VNNI:
-        log.warning("int8 runs in the kernel %s, without instructions for it (VNNI): bf16 or fp32 may be faster", kernel.name)
+        log.warning(
+            "int8 runs in the kernel %s, without instructions for it (VNNI): bf16 or fp32 may be faster", kernel.name
+        )
     quantized = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     ranges = _measure(quantized, images, batch_size)
+    has_bf16 = kernel.name in VNNI
+    if has_bf16 and isinstance(quantized.stem, PatchEmbed):
+        quantized.stem = BFloat16Patches(quantized.stem.proj, images=True)  # type: ignore[assignment]
     for stage in quantized.stages:
         assert isinstance(stage, Stage)
+        if has_bf16 and isinstance(stage.downsample, Downsample2D):
+            stage.downsample = BFloat16Patches(stage.downsample.down, images=False)
         stage.blocks = Int8Blocks([Int8Block(block, ranges[block]) for block in stage.blocks])  # type: ignore[index]
     return quantized
 
@@ -73,28 +81,25 @@ def _blocks(model: Sequencer2D) -> Iterator[tuple[str, Sequencer2DBlock]]:
             yield name, module
 
 
-@dataclass
 class Range:
     """Of every input channel of a linear layer, over all tokens seen."""
 
-    count: int = 0
-    low: Tensor | float = torch.inf
-    high: Tensor | float = -torch.inf
-    total: Tensor | float = 0.0
-    squares: Tensor | float = 0.0
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.low, self.high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
+        self.total, self.squares = (torch.zeros(channels, dtype=torch.float64) for _ in range(2))
 
-    def add(self, x: Tensor) -> None:
-        """Takes in tokens `[…, K]`."""
-        x = x.detach().reshape(-1, x.shape[-1]).double()
+    def add(self, x: Float[Tensor, "... K"]) -> None:
+        """Takes in tokens."""
+        x = x.detach().reshape(-1, x.shape[-1])
         self.count += len(x)
-        self.low = torch.minimum(x.amin(0), torch.as_tensor(self.low))
-        self.high = torch.maximum(x.amax(0), torch.as_tensor(self.high))
-        self.total = self.total + x.sum(0)
-        self.squares = self.squares + x.square().sum(0)
+        self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
+        self.total += x.sum(0)
+        self.squares += x.square().sum(0)
 
     @property
     def mean(self) -> Float[Tensor, "K"]:
-        return torch.as_tensor(self.total / self.count)
+        return self.total / self.count
 
     def limits(self) -> tuple[Float[Tensor, "K"], Float[Tensor, "K"]]:
         """Lowest value and step of a channel's 256 levels.
@@ -124,13 +129,12 @@ def _measure(model: Sequencer2D, images: Tensor, batch_size: int) -> dict[Sequen
     found: dict[Sequencer2DBlock, BlockRanges] = {}
     hooks = []
     for _, block in _blocks(model):
-        ranges = found[block] = BlockRanges(Range(), Range(), Range(), Range())
-        for module, into in (
-            (block.rnn_tokens, ranges.project),
-            (block.rnn_tokens.fc, ranges.fc),
-            (block.mlp_channels.fc1, ranges.fc1),
-            (block.mlp_channels.fc2, ranges.fc2),
-        ):
+        mixer, mlp = block.rnn_tokens, block.mlp_channels
+        assert isinstance(mixer, BiLSTM2D)
+        widths = (mixer.rnn_v.input_size, mixer.fc.in_features, mlp.fc1.in_features, mlp.fc2.in_features)
+        ranges = found[block] = BlockRanges(*map(Range, widths))  # type: ignore[arg-type]
+        places = (mixer, mixer.fc, mlp.fc1, mlp.fc2)
+        for module, into in zip(places, (ranges.project, ranges.fc, ranges.fc1, ranges.fc2), strict=True):
             hooks.append(module.register_forward_pre_hook(lambda _, inputs, into=into: into.add(inputs[0])))  # type: ignore[misc]
     for batch in images.split(batch_size):
         if not model(batch.cpu().float()).isfinite().all():
@@ -141,18 +145,18 @@ def _measure(model: Sequencer2D, images: Tensor, batch_size: int) -> dict[Sequen
 
 
 def _linear(
-    weight: Float[Tensor, "M K"], bias: Float[Tensor, "M"], range: Range
+    weight: Float[Tensor, "M K"], bias: Float[Tensor, "M"] | None, seen: Range
 ) -> tuple[Int8Linear, Float[Tensor, "K"], Float[Tensor, "K"]]:
     """A layer in int8; scale and shift of its inputs on their way to bytes.
 
     The bias is what makes the mean over the images seen exact.
     """
-    low, step = range.limits()
+    low, step = seen.limits()
     by_level = weight.double() * step
     scale = (by_level.abs().amax(1) / 127).clamp(min=1e-30)
     levels = (by_level / scale[:, None]).round()
-    mean_level = ((range.mean - low) / step).clamp(0, 255)
-    corrected = bias.double() + weight.double() @ range.mean - scale * (levels @ mean_level)
+    mean_level = ((seen.mean - low) / step).clamp(0, 255)
+    corrected = (0 if bias is None else bias.double()) + weight.double() @ seen.mean - scale * (levels @ mean_level)
     return Int8Linear(levels.to(torch.int8), scale.float(), corrected.float()), 1 / step, -low / step
 
 
@@ -223,3 +227,29 @@ class Int8Blocks(nn.Module):
         for block in self.blocks:
             block.run(x, gates, states)  # type: ignore[operator]
         return x
+
+
+class BFloat16Patches(nn.Module):
+    """A `PatchEmbed` (of images) or `Downsample2D` (of tokens) as one matrix product in bf16.
+
+    That is faster than a convolution, and leaves the tokens as the blocks want them.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, *, images: bool) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.images = images
+        self.patch_size = conv.stride[0]
+        self.register_buffer("weight", conv.weight.permute(0, 2, 3, 1).flatten(1).bfloat16())
+        self.register_buffer("bias", conv.bias.bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` or `[B, H, W, C]` to `[B, h, w, M]`."""
+        p = self.patch_size
+        x = pad_to_multiple(x if self.images else x.permute(0, 3, 1, 2), p).permute(0, 2, 3, 1)
+        B, H, W, C = x.shape
+        patches = x.bfloat16().reshape(B, H // p, p, W // p, p, C).transpose(2, 3)
+        return F.linear(patches.reshape(B, H // p, W // p, p * p * C), self.weight, self.bias)

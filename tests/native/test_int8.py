@@ -1,4 +1,4 @@
-"""The int8 kernels compute what their formulas say, in exact integers between roundings, at any size, on every processor."""
+"""The int8 kernels compute what their formulas say, in exact integers between roundings, at any size."""
 
 import pytest
 import torch

@@ -105,7 +105,9 @@ def pack(weight: Int8[Tensor, "M K"], by: Kernel) -> Int8[Tensor, "P"]:
     return packed
 
 
-def project(x: Float[Tensor, "N C"], norm: Affine, linear: Int8Linear, eps: float, gates: BFloat16[Tensor, "N M"]) -> None:
+def project(
+    x: Float[Tensor, "N C"], norm: Affine, linear: Int8Linear, eps: float, gates: BFloat16[Tensor, "N M"]
+) -> None:
     """`gates = linear(layer_norm(x))`; `norm` is the affine map of the norm, on to bytes.
 
     All tensors are contiguous and on the CPU; `x` is fp32.

@@ -68,16 +68,13 @@ __attribute__((always_inline)) inline void multiply_block(const Bytes& x, int ro
                 sum[r][c] = ByteDot::multiply_add(four, weights[c], sum[r][c]);
         }
     }
-    Vec y[kByteRows][Columns];
     UNROLL for (int c = 0; c < Columns; ++c) {
+        const int64_t at = column + c * Vec::lanes;
         const int count = c == Columns - 1 ? last : Vec::lanes;
-        const Vec scale = load(linear.scale + column + c * Vec::lanes, count);
-        const Vec bias = load(linear.bias + column + c * Vec::lanes, count);
-        UNROLL for (int r = 0; r < kByteRows; ++r) y[r][c] = multiply_add(to_floats(sum[r][c]), scale, bias);
-    }
-    for (int r = 0; r < kByteRows && r < rows; ++r) {
-        for (int c = 0; c < Columns; ++c)
-            out(row + r, column + c * Vec::lanes, y[r][c], c == Columns - 1 ? last : Vec::lanes);
+        const Vec scale = load(linear.scale + at, count), bias = load(linear.bias + at, count);
+        UNROLL for (int r = 0; r < kByteRows; ++r) {
+            if (r < rows) out(row + r, at, multiply_add(to_floats(sum[r][c]), scale, bias), count);
+        }
     }
 }
 
