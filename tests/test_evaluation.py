@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sequencer2d.data.sets import FileImages
-from sequencer2d.evaluation import evaluate, evaluate_images
+from sequencer2d import evaluation
+from sequencer2d.data.sets import FileImages, ImageData
+from sequencer2d.evaluation import calibration_images, evaluate, evaluate_images
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.native import available
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.run import train
@@ -98,6 +101,49 @@ def test_the_val_split_is_that_of_the_training_and_test_is_the_default(tmp_path:
     split = json.loads((result.run_dir / "split.json").read_text())
     assert val.num_images == len(split["val"])
     assert val.top1 == pytest.approx(result.val_top1)
+
+
+@pytest.mark.skipif(not available(), reason="the package was installed without kernels")
+def test_int8_measures_its_ranges_on_other_images_than_it_is_evaluated_on(
+    grey_steps: FileImages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = Sequencer2D(
+        SequencerConfig(
+            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=6
+        )
+    )
+    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
+    card = ModelCard(
+        architecture="x", config=model.config, class_names=tuple("abcdef"), preprocessing=Preprocessing(image_size=8)
+    )
+    save_model(model, card, tmp_path / "m.safetensors")
+    parts = {name: grey_steps.subset(range(3 * i, 3 * i + 3)) for i, name in enumerate(("train", "val", "test"))}
+    images = ImageData(name="x", class_names=card.class_names, val_source="given", **parts)  # type: ignore[arg-type]
+    monkeypatch.setattr(evaluation, "load_data", lambda *_, **__: images)
+    measured = []
+    monkeypatch.setattr(
+        evaluation, "calibration_images", lambda images, *args: measured.append(images) or torch.randn(3, 3, 8, 8)
+    )
+    splits: list[tuple[Literal["train", "val", "test"], str]] = [("test", "val"), ("val", "train"), ("train", "val")]
+    for split, others in splits:
+        result = evaluate(tmp_path / "m.safetensors", data="x", split=split, precision="int8")
+        assert result.precision == "int8"
+        assert measured.pop() is parts[others]
+        fp32 = evaluate(tmp_path / "m.safetensors", data="x", split=split)
+        assert result.loss != fp32.loss
+        assert result.loss == pytest.approx(fp32.loss, rel=0.05)
+        bf16 = evaluate(tmp_path / "m.safetensors", data="x", split=split, precision="bf16")
+        assert bf16.loss != fp32.loss
+        assert bf16.loss == pytest.approx(fp32.loss, rel=0.05)
+
+
+def test_images_for_calibration_are_from_all_over_and_readable(grey_steps: FileImages) -> None:
+    preprocessing = Preprocessing(image_size=8, mean=(0.0, 0.0, 0.0), std=(0.2, 0.2, 0.2))
+    few = calibration_images(grey_steps, preprocessing, count=4)  # 0, 4, 7 and 11, which is unreadable
+    assert few.mean((1, 2, 3)).tolist() == pytest.approx([0.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match="no readable image to measure the ranges of int8 on"):
+        calibration_images(grey_steps.subset([11]), preprocessing)
 
 
 def test_other_classes_are_an_error_that_names_them(tmp_path: Path) -> None:

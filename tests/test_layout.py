@@ -18,7 +18,7 @@ TIERS: list[set[str]] = [
     {"native"},
     {"cores", "files", "hub", "layers", "preprocessing"},
     {"model"},
-    {"adapters", "flops"},
+    {"adapters", "flops", "quantization"},
     {"zoo"},
     {"registry", "weights"},
     {"data"},

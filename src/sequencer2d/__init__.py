@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sequencer2d.layers import set_backend
     from sequencer2d.native import backends
     from sequencer2d.prediction import predict
+    from sequencer2d.quantization import quantize
     from sequencer2d.training.config import TrainConfig
     from sequencer2d.training.run import train
     from sequencer2d.training.seeds import train_seeds
@@ -29,6 +30,7 @@ _HOME = {
     "load_model": "sequencer2d.weights",
     "predict": "sequencer2d.prediction",
     "push_to_hub": "sequencer2d.weights",
+    "quantize": "sequencer2d.quantization",
     "save_model": "sequencer2d.weights",
     "set_backend": "sequencer2d.layers",
     "train": "sequencer2d.training.run",
@@ -45,6 +47,7 @@ __all__ = [
     "load_model",
     "predict",
     "push_to_hub",
+    "quantize",
     "save_model",
     "set_backend",
     "train",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.model import Sequencer2D
 from sequencer2d.preprocessing import Preprocessing
+from sequencer2d.quantization import quantize
 from sequencer2d.weights import ModelCard, load_model
 from sequencer2d.zoo import find_model_file
 
@@ -43,6 +44,8 @@ class Evaluation:
     """Name, number of images, recall and precision of each class; None where there is nothing to divide by."""
     skipped: list[str]
     """One message for each image that could not be read; they count nowhere."""
+    precision: str = "fp32"
+    """Of the model's arithmetic."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -55,6 +58,7 @@ def evaluate(
     data: str | None = None,
     data_root: str | None = None,
     split: Literal["train", "val", "test"] | None = None,
+    precision: Literal["fp32", "bf16", "int8"] = "fp32",
     batch_size: int = 128,
     num_workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -68,6 +72,8 @@ def evaluate(
         data: Data set or folder; default: what the model was trained on.
         data_root: Where a named data set lies.
         split: Default: test where there is one, else val.
+        precision: Of the arithmetic. int8 measures its ranges on validation images, or on training images where those
+            are evaluated.
         batch_size: Images per step.
         num_workers: Processes that decode images.
         progress: Called with the number of images done and in all.
@@ -91,17 +97,36 @@ def evaluate(
     if data is None and (run_dir / "split.json").exists():
         check_split(run_dir, images)
     chosen = split or ("test" if images.test else "val")
-    return evaluate_images(
-        network,
-        card.preprocessing,
-        get_split(images, chosen),
-        data=images.name,
-        split=chosen,
-        class_names=card.class_names,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        progress=progress,
-    )[0]
+    if precision == "int8":
+        others = images.train if chosen == "val" else images.val
+        network = quantize(network, calibration_images(others, card.preprocessing))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        evaluation, _ = evaluate_images(
+            network,
+            card.preprocessing,
+            get_split(images, chosen),
+            data=images.name,
+            split=chosen,
+            class_names=card.class_names,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            progress=progress,
+        )
+    return replace(evaluation, precision=precision)
+
+
+def calibration_images(images: ImageSet, preprocessing: Preprocessing, count: int = 128) -> Float[Tensor, "N C H W"]:
+    """Up to `count` images from all over a set, as the model takes them, for `quantize`; unreadable ones are left out.
+
+    Raises:
+        ValueError: Not one image could be read.
+    """
+    places = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(np.int64)
+    few = eval_loader(images.subset(places), EvalTransform(preprocessing), batch_size=32)
+    batches = [normalize(batch.images, preprocessing) for batch in few if len(batch.images)]
+    if not batches:
+        raise ValueError("there is no readable image to measure the ranges of int8 on")
+    return torch.cat(batches)
 
 
 def get_split(data: ImageData, split: str) -> ImageSet:

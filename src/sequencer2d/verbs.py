@@ -135,7 +135,7 @@ def evaluate(arguments: list[str]) -> int:
     console.print(table)
     console.print(
         f"top-1 {result.top1:.2%}, top-5 {_percent(result.top5)}, loss {result.loss:.4f}, "
-        f"calibration error {result.ece:.4f}, {result.num_images:,} images"
+        f"calibration error {result.ece:.4f}, {result.num_images:,} images, {result.precision}"
     )
     for message in result.skipped:
         print(f"skipped: {message}", file=sys.stderr)

@@ -103,6 +103,76 @@ static void block_kernels(void* library, int kernel, const char* name) {
             }
 }
 
+using Bytes = std::vector<int8_t>;
+using Floats = std::vector<float>;
+
+static Floats some(int64_t count, float scale, float shift, unsigned seed) {
+    std::mt19937 random(seed);
+    Floats values(static_cast<size_t>(count));
+    for (float& value : values) value = shift + scale * (static_cast<float>(random() % 2001) / 1000.0f - 1);
+    return values;
+}
+
+// A linear layer for one kernel, in memory of its own.
+struct Layer {
+    Bytes weights, packed;
+    Floats scale, bias;
+    int64_t inputs, outputs;
+    Layer(int64_t inputs, int64_t outputs, unsigned seed)
+        : weights(static_cast<size_t>(inputs * outputs)), scale(some(outputs, 1e-4f, 3e-4f, seed)),
+          bias(some(outputs, 1, 0, seed)), inputs(inputs), outputs(outputs) {
+        std::mt19937 random(seed);
+        for (int8_t& weight : weights) weight = static_cast<int8_t>(random() % 255);
+    }
+    Int8Linear view() const { return {packed.data(), scale.data(), bias.data(), inputs, outputs}; }
+};
+
+static void check_int8(void* library, const char* (*name)(int), int (*runs_here)(int)) {
+    auto* bytes = symbol<int64_t(int, int64_t, int64_t)>(library, "sequencer2d_packed_int8_bytes");
+    auto* pack = symbol<int(int, int64_t, int64_t, const int8_t*, int8_t*)>(library, "sequencer2d_pack_int8");
+    auto* project = symbol<int(int, const Int8Project*)>(library, "sequencer2d_int8_project");
+    auto* finish = symbol<int(int, const Int8Finish*)>(library, "sequencer2d_int8_finish");
+    const int64_t shapes[][4] = {// tokens, channels, hidden states, width of the MLP
+                                 {0, 5, 3, 9},   {1, 1, 1, 1},     {7, 17, 20, 50},
+                                 {97, 33, 5, 1}, {200, 64, 48, 96}, {95, 47, 49, 65}};
+    for (const auto& s : shapes)
+        for (const int threads : {1, 3}) {
+            const int64_t N = s[0], C = s[1], D = s[2], wide = s[3];
+            const Floats x = some(N * C, 3, 1, 1), scale = some(C + D + wide, 20, 50, 2);
+            const Floats shift = some(C + D + wide, 20, 128, 3);
+            Memory hidden(kBFloat16, N * D), first(kBFloat16, N * wide);
+            hidden.fill(1, 4);
+            Floats first_x;
+            for (int k = 0; name(k); ++k) {
+                if (!runs_here(k)) continue;
+                Layer layers[] = {{C, wide, 5}, {D, C, 6}, {C, wide, 7}, {wide, C, 8}};
+                int status = 0;
+                for (Layer& layer : layers) {
+                    layer.packed.resize(static_cast<size_t>(bytes(k, layer.inputs, layer.outputs)));
+                    status |= pack(k, layer.inputs, layer.outputs, layer.weights.data(), layer.packed.data());
+                }
+                Memory gates(kBFloat16, N * wide);
+                const Int8Affine norm{scale.data() + D + wide, shift.data() + D + wide}; // ends with its memory
+                const Int8Project in{N, threads, 1e-6f, x.data(), norm, layers[0].view(), gates.bytes.data()};
+                status |= project(k, &in);
+                Floats y = x;
+                const Int8Affine states{scale.data() + C + wide, shift.data() + C + wide};
+                const Int8Affine active{scale.data() + C + D, shift.data() + C + D};
+                const Int8Finish rest{N, threads, 1e-6f, hidden.bytes.data(), y.data(), states, layers[1].view(), norm,
+                                      layers[2].view(), active, layers[3].view()};
+                status |= finish(k, &rest);
+                if (status) std::printf("int8 of %s: status %d\n", name(k), status), ++failures;
+                if (first_x.empty()) first = gates, first_x = y;
+                compare("int8 gates", name(k), gates, first, 5e-2f); // a level may be rounded the other way
+                for (size_t i = 0; i < y.size(); ++i)
+                    if (!(std::fabs(y[i] - first_x[i]) <= 0.3f * (1 + std::fabs(y[i])))) {
+                        std::printf("int8 tokens of %s: %g instead of %g\n", name(k), y[i], first_x[i]), ++failures;
+                        break;
+                    }
+            }
+        }
+}
+
 int main(int, char** arguments) {
     void* library = dlopen(arguments[1], RTLD_NOW);
     if (!library) return std::printf("%s\n", dlerror()), 1;
@@ -157,6 +227,7 @@ int main(int, char** arguments) {
                         compare("gradient of the bias", name(k), bias, first[5], tolerance);
                     }
                 }
+    check_int8(library, name, runs_here);
     for (int k = 0; name(k); ++k)
         if (runs_here(k)) block_kernels(library, k, name(k)), std::printf("%s ", name(k));
     std::printf("%s\n", failures ? "differ" : "as they should be");

@@ -14,7 +14,7 @@ PATH = Path(__file__).with_name("_kernels.so")
 VARIABLE = "SEQUENCER2D_KERNEL"
 """Environment variable that names the kernel to use instead of the fastest: portable, avx2, avx512 or avx512_bf16."""
 
-_ABI = 2
+_ABI = 3
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -94,20 +94,20 @@ class Kernel:
         size = self.library.sequencer2d_packed_bytes(self.number, ctypes.byref(problem), backward)
         packed = torch.empty(size, dtype=torch.uint8, device="cpu")
         arguments = (ctypes.byref(problem), int(backward), w_hh.data_ptr(), packed.data_ptr())
-        _check(self.library.sequencer2d_pack(self.number, *arguments))
+        check_status(self.library.sequencer2d_pack(self.number, *arguments))
         return packed
 
     def forward(self, shape: Shape, packed: Tensor, gates: Tensor, cells: Tensor | None, y: Tensor) -> None:
         """Fills `y`, and with `cells` given also those and the gates after their activations."""
         problem = _problem(shape, y.dtype)
         tensors = _ForwardTensors(*map(_pointer, (packed, gates, cells, y)))
-        _check(self.library.sequencer2d_forward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
+        check_status(self.library.sequencer2d_forward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
 
     def backward(self, shape: Shape, *tensors: Tensor) -> None:
         """Fills the last three: gradient of the gates, previous hidden states, gradient of the bias (fp32)."""
         problem = _problem(shape, tensors[-2].dtype)
         pointers = _BackwardTensors(*map(_pointer, tensors))
-        _check(self.library.sequencer2d_backward(self.number, ctypes.byref(problem), ctypes.byref(pointers)))
+        check_status(self.library.sequencer2d_backward(self.number, ctypes.byref(problem), ctypes.byref(pointers)))
 
     def norm_forward(
         self,
@@ -125,7 +125,7 @@ class Kernel:
         problem = _norm_problem(x, normed, epsilon)
         pointers = map(_pointer, (x, branch, scale, weight, bias, sum, normed, statistics))
         tensors = _NormForwardTensors(*pointers)
-        _check(self.library.sequencer2d_norm_forward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
+        check_status(self.library.sequencer2d_norm_forward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
 
     def norm_backward(
         self,
@@ -145,13 +145,13 @@ class Kernel:
         pointers = map(_pointer, (sum, statistics, weight, scale, grad_normed, grad_sum))
         outputs = map(_pointer, (grad_x, grad_branch, grad_weight, grad_bias))
         tensors = _NormBackwardTensors(*pointers, *outputs)
-        _check(self.library.sequencer2d_norm_backward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
+        check_status(self.library.sequencer2d_norm_backward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
 
     def gelu(self, x: Tensor, y: Tensor, grad_y: Tensor | None = None, grad_x: Tensor | None = None) -> None:
         """Fills `y`, which may be `x`, and `grad_x` where there is a `grad_y`."""
         pointers = map(_pointer, (x, y, grad_y, grad_x))
         sizes = (_TYPES[x.dtype], torch.get_num_threads(), x.numel())
-        _check(self.library.sequencer2d_gelu(self.number, *sizes, *pointers))
+        check_status(self.library.sequencer2d_gelu(self.number, *sizes, *pointers))
 
 
 def _problem(shape: Shape, dtype: torch.dtype) -> _Problem:
@@ -170,7 +170,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(status: int) -> None:
+def check_status(status: int) -> None:
     if status == 1:
         raise MemoryError("no memory for the LSTM kernel's working space; make the batch smaller")
     assert status == 0, status

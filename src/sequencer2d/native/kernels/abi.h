@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 2 // one more with every change of this file
+#define SEQUENCER2D_ABI 3 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -72,6 +72,45 @@ struct NormBackwardTensors {
     float* grad_bias;        // [C], out
 };
 
+// A linear layer on bytes: y = scale * (weights * x) + bias, x in 0 ... 255. The zero of x and its scale are in these.
+struct Int8Linear {
+    const int8_t* weights; // as `pack_int8` left them
+    const float* scale;    // [outputs]
+    const float* bias;     // [outputs]
+    int64_t inputs, outputs;
+};
+
+// To bytes, channel by channel: round(scale * x + shift), within 0 and 255.
+struct Int8Affine {
+    const float *scale, *shift;
+};
+
+// gates = linear(norm(x)), of N tokens
+struct Int8Project {
+    int64_t tokens;
+    int32_t threads;
+    float eps;       // of the norm
+    const float* x;  // [N, linear.inputs]
+    Int8Affine norm; // of the normalised tokens
+    Int8Linear linear;
+    void* gates; // [N, linear.outputs] bfloat16, out
+};
+
+// x += fc(hidden);  x += fc2(gelu(fc1(norm(x)))), of N tokens
+struct Int8Finish {
+    int64_t tokens;
+    int32_t threads;
+    float eps;          // of the norm
+    const void* hidden; // [N, fc.inputs] bfloat16: hidden states
+    float* x;           // [N, fc.outputs], in and out
+    Int8Affine states;  // of the hidden states
+    Int8Linear fc;
+    Int8Affine norm; // of the normalised tokens
+    Int8Linear fc1;
+    Int8Affine active; // of what GELU puts out
+    Int8Linear fc2;
+};
+
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
@@ -84,4 +123,8 @@ struct Kernel {
     int (*norm_backward)(const NormProblem&, const NormBackwardTensors&);
     // y = gelu(x); with grad_y also grad_x. y may be x; `count` values of one type.
     void (*gelu)(int type, int threads, int64_t count, const void* x, void* y, const void* grad_y, void* grad_x);
+    int64_t (*packed_int8_bytes)(int64_t inputs, int64_t outputs);                            //
+    void (*pack_int8)(int64_t inputs, int64_t outputs, const int8_t* weights, int8_t* packed); // [outputs, inputs]
+    int (*project)(const Int8Project&);
+    int (*finish)(const Int8Finish&);
 };

@@ -19,7 +19,9 @@ bool runs_avx512() {
 #endif
 
 #ifdef SEQUENCER2D_HAS_AVX512_BF16
-bool runs_avx512_bf16() { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool runs_avx512_bf16() {
+    return runs_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 static const Kernel* const kernels[] = { // the fastest last
@@ -81,4 +83,22 @@ EXPORT int sequencer2d_gelu(int kernel, int type, int threads, int64_t count, co
     if (!sequencer2d_kernel_runs_here(kernel)) return kNoSuchKernel;
     kernels[kernel]->gelu(type, threads, count, x, y, grad_y, grad_x);
     return kDone;
+}
+
+EXPORT int64_t sequencer2d_packed_int8_bytes(int kernel, int64_t inputs, int64_t outputs) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->packed_int8_bytes(inputs, outputs) : -1;
+}
+
+EXPORT int sequencer2d_pack_int8(int kernel, int64_t inputs, int64_t outputs, const int8_t* weights, int8_t* packed) {
+    if (!sequencer2d_kernel_runs_here(kernel)) return kNoSuchKernel;
+    kernels[kernel]->pack_int8(inputs, outputs, weights, packed);
+    return kDone;
+}
+
+EXPORT int sequencer2d_int8_project(int kernel, const Int8Project* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->project(*tensors) : kNoSuchKernel;
+}
+
+EXPORT int sequencer2d_int8_finish(int kernel, const Int8Finish* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->finish(*tensors) : kNoSuchKernel;
 }

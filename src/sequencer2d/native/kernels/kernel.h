@@ -5,6 +5,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "gelu.h"
+#include "int8.h"
 #include "norm.h"
 
 namespace {
@@ -72,6 +73,10 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
             type == kFloat32 ? Gelu<float>::run(threads, count, x, y, grad_y, grad_x)
                              : Gelu<bfloat16>::run(threads, count, x, y, grad_y, grad_x);
         },
+        packed_int8_bytes,
+        pack_int8,
+        project,
+        finish,
     };
 }
 
