@@ -407,6 +407,8 @@ def benchmark(arguments: list[str]) -> int:
     parser.add_argument("--json", type=str | None, default=None, help=json_help)
     options = parser.parse_args(arguments).as_dict()
     json_file = options.pop("json")
+    if json_file and not Path(json_file).parent.is_dir():  # told before minutes of measuring
+        raise FileNotFoundError(f"--json {json_file}: {Path(json_file).parent}: no such folder; make it first")
     _log_to_screen()
     found = run_benchmark(**options)
     if json_file:
@@ -422,7 +424,7 @@ def _print_measurements(found: "Sequence[Measurement]") -> None:
     for number in dict.fromkeys(measurement.group for measurement in found):
         group = [measurement for measurement in found if measurement.group == number]
         reference = group[0]
-        headings = ["ms/step", "images/s", f"× {reference.entry.contender}", "(half of the rounds)", "MiB"]
+        headings = ["ms/step", "images/s", f"× {reference.entry.contender}", "half lie in", "MiB", "peak"]
         if reference.entry.workload.mode == "infer":
             headings[1:1] = ["p90", "p99"]
         numbers = (Column(heading, justify="right") for heading in headings)
@@ -434,6 +436,7 @@ def _print_measurements(found: "Sequence[Measurement]") -> None:
         for measurement in group:
             if measurement.error is not None:
                 print(f"failed: {measurement.entry.contender}: {_printable(measurement.error)}")
+    print("MiB: what steps need beyond libraries, weights and images; peak: with these")
 
 
 def _cells(measurement: "Measurement", reference: "Measurement") -> list[str]:
@@ -453,12 +456,13 @@ def _cells(measurement: "Measurement", reference: "Measurement") -> list[str]:
         rounded(measurement.images_per_s),
         *speedup,
         rounded(measurement.step_mib, 0),
+        rounded(measurement.answers.peak_mib, 0),
     ]
 
 
 def _speedup(ratio: "Ratio") -> list[str]:
     inverse = ratio.inverse
-    return [f"{inverse.median:.2f}", f"{inverse.low:.2f}–{inverse.high:.2f}"]
+    return [f"{inverse.median:.2f}", f"({inverse.low:.2f}–{inverse.high:.2f})"]
 
 
 def _height_width(text: str) -> tuple[int, int]:

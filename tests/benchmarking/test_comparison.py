@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,24 +174,14 @@ def test_an_interruption_ends_all_processes_at_once() -> None:
             os.kill(worker, 0)
 
 
-@pytest.mark.slow
-def test_workers_end_with_a_conductor_that_was_killed() -> None:
-    program = (
-        "import sys, time\n"
-        "from sequencer2d.benchmarking.processes import Entry, _Process\n"
-        "from sequencer2d.benchmarking.workload import Workload\n"
-        f"process = _Process(Entry(contender='timm:fp32', workload=Workload(**{TINY.to_dict()})))\n"
-        "process.start_up()\n"
-        "print(process._process.pid, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as conductor:
-        assert conductor.stdout is not None
-        worker = int(conductor.stdout.readline())
-        conductor.kill()
-    for _ in range(100):
-        if not Path(f"/proc/{worker}").exists() or "State:\tZ" in Path(f"/proc/{worker}/status").read_text():
-            return
-        time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker lives on")
+def test_a_worker_ends_with_its_conductor_whatever_it_is_doing() -> None:
+    conductor, ours = os.pipe()
+    large = replace(TINY, image_size=256)
+    job = {"contender": "timm:fp32", "allocator": "tuned", "workload": large.to_dict()}
+    command = [sys.executable, "-m", "sequencer2d.benchmarking.worker", json.dumps(job)]
+    with subprocess.Popen(command, stdin=conductor) as worker:
+        os.close(conductor)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(timeout=1)
+        os.close(ours)
+        assert worker.wait(timeout=20) == 1

@@ -145,8 +145,8 @@ def benchmark(
         image_size: Side in pixels; default: the variant's.
         batch_size: Images in a step.
         num_classes: Outputs of the head.
-        against: Other contenders, such as timm,openvino:bf16; without a precision, all that there are. The first one is
-            what all are compared with.
+        against: Others of timm, timm-compiled, onnxruntime, openvino and sequencer2d-torch, such as timm,openvino:bf16;
+            without a precision, all that there are. The first one is what all are compared with.
         precision: Of ours, such as fp32,bf16.
         allocator: With large pages and freed memory kept in the process (tuned), as the system does it (default), or
             both in turn; for all contenders.

@@ -6,8 +6,10 @@ Reads a line with seconds for each turn and answers it with a line of JSON. What
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 from typing import Any
 
 from sequencer2d.benchmarking.memory import forget_peak, peak_mib, used_mib
@@ -26,12 +28,25 @@ def main() -> None:
 
         tune_allocator()  # before torch is imported
     try:
-        for answer in serve(job["contender"], Workload(**job["workload"]), sys.stdin):
+        for answer in serve(job["contender"], Workload(**job["workload"]), _lines_or_end()):
             print(json.dumps(answer), file=answers)
     except Exception as error:  # of any kind: contenders are foreign code, and the others go on
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         print(json.dumps({"error": f"{type(error).__name__}: {reason}".rstrip(": ")}), file=answers)
         raise
+
+
+def _lines_or_end() -> Iterable[str]:
+    """Lines of standard input. When it ends, the conductor has gone, and this process ends, whatever it is doing."""
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(1)
+
+    threading.Thread(target=read, daemon=True).start()
+    return iter(lines.get, "")
 
 
 def serve(name: str, workload: Workload, turns: Iterable[str]) -> Iterable[dict[str, Any]]:
