@@ -60,7 +60,7 @@ def growing(mode: Literal["train", "infer"]) -> tuple[tuple[str, Workload], ...]
 
 
 COMPARISONS = {
-    "train": Comparison(title="Training S, 224², batch 8", entries=all_of(TRAINERS, work("train", 8)), rounds=5),
+    "train": Comparison(title="Training S, 224², batch 8", entries=all_of(TRAINERS, work("train", 8)), rounds=4),
     "memory": Comparison(
         title="Training S, 224², batch 8: compiled, and with checkpointing",
         entries=all_of(SAVERS, work("train", 8)),
@@ -72,11 +72,11 @@ COMPARISONS = {
         entries=all_of(TRAINERS, work("train", 128, 32, "sequencer2d_t_patch2_32")),
         rounds=10,
     ),
-    "infer": Comparison(title="Inference of S, 224², batch 8", entries=all_of(INFERRERS, work("infer", 8)), rounds=9),
+    "infer": Comparison(title="Inference of S, 224², batch 8", entries=all_of(INFERRERS, work("infer", 8)), rounds=6),
     "latency": Comparison(
         title="Latency of S, 224², batch 1",
         entries=all_of(INFERRERS, work("infer", 1)),
-        rounds=20,
+        rounds=100,  # for the 99th percentile
         allocators=("tuned",),
     ),
     "growth-train": Comparison(
@@ -88,7 +88,7 @@ COMPARISONS = {
     "growth-infer": Comparison(
         title="Inference of S on as many pixels in fewer and larger images",
         entries=growing("infer"),
-        rounds=9,
+        rounds=6,
         allocators=("tuned",),
     ),
 }
