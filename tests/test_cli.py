@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sequencer2d.benchmarking import comparison
+from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.cli import DONE, PROBLEM, STOPPED, VERBS, WRONG_INPUT, main
 from sequencer2d.zoo import list_models
 
@@ -102,6 +104,13 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
         (["check", "cifar10"], "cifar10"),
         (["check", "imagenet"], "root"),
         (["check", ".", "--workers", "-1"], "--workers -1"),
+        (["benchmark", "--against", "tim"], "no contender 'tim': did you mean timm?"),
+        (["benchmark", "--mode", "train", "--against", "openvino"], "openvino cannot train"),
+        (["benchmark", "--mode", "test"], "mode"),
+        (["benchmark", "--precision", "fp8"], "sequencer2d:fp8"),
+        (["benchmark", "--model", "sequencer_s"], "sequencer2d_s"),
+        (["benchmark", "--rounds", "0"], "rounds=0"),
+        (["benchmark", "--json", "nowhere/at/all.jsonl"], "nowhere/at: no such folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -152,6 +161,8 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
         "prepare": "name --root --source --val-fraction --seed",
         "models": "contains --image-size",
         "check": "data --data-root --json --no-cache --workers",
+        "benchmark": "--model --mode --image-size --batch-size --against --precision --allocator --checkpointing "
+        "--threads --rounds --json",
     }[verb]
     for option in wanted.split():  # with an explanation, beside it or in the next line
         assert re.search(rf"^  {option}\b([^\n]*  |[^\n]*\n {{10,}})\w", out, flags=re.MULTILINE), option
@@ -228,6 +239,40 @@ def test_check_prints_a_table_writes_json_and_fails_for_what_is_wrong(
     assert "\x1b" not in out
     findings = json.loads((tmp_path / "check.json").read_text())["findings"]
     assert [finding["kind"] for finding in findings] == ["unreadable"] * 5 + ["mode"]
+
+
+def test_benchmark_prints_a_table_writes_json_lines_and_fails_with_a_contender(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_turns(entries: list[Entry], rounds: int) -> list[Answers]:
+        failed = Answers(error="ModuleNotFoundError: No module named 'openvino'")
+        seconds = {"timm:fp32": 0.3, "sequencer2d:bf16": 0.1}
+        return [
+            Answers(rounds=[[seconds[entry.contender]]] * rounds, before_mib=50, peak_mib=150)
+            if entry.contender in seconds
+            else failed
+            for entry in entries
+        ]
+
+    monkeypatch.setattr(comparison, "take_turns", take_turns)
+    monkeypatch.setenv("COLUMNS", "100")
+    command = ["benchmark", "--image-size", "32", "--batch-size", "2", "--threads", "1", "--precision", "bf16"]
+    assert main([*command, "--against", "timm:fp32"]) == DONE
+    out = capsys.readouterr().out
+    assert "infer sequencer2d_s, 32², batch 2, 1 threads, tuned allocator" in out
+    assert re.search(r"^sequencer2d:bf16 +100\.0 +– +– +20\.0 +3\.00 +\(3\.00–3\.00\) +100 +150", out, re.MULTILINE)
+    file = tmp_path / "b.jsonl"
+    assert main([*command, "--against", "timm:fp32,openvino:bf16", "--json", str(file)]) == PROBLEM
+    assert "failed: openvino:bf16: ModuleNotFoundError: No module named 'openvino'" in capsys.readouterr().out
+    records = {record["contender"]: record for record in map(json.loads, file.read_text().splitlines())}
+    assert list(records) == ["timm:fp32", "openvino:bf16", "sequencer2d:bf16"]
+    assert records["sequencer2d:bf16"]["speedup"] == pytest.approx([3, 3, 3])
+    assert records["sequencer2d:bf16"]["images_per_s"] == pytest.approx(20)
+    assert records["openvino:bf16"]["error"]
+    for record in records.values():
+        assert record["environment"]["cpu"]
+        assert record["environment"]["packages"]["torch"]
+        assert (record["model"], record["mode"], record["allocator"]) == ("sequencer2d_s", "infer", "tuned")
 
 
 @pytest.mark.slow

@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from sequencer2d.benchmarking.comparison import Measurement, records
+from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.zoo import VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -16,7 +20,7 @@ def load_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
     spec.loader.exec_module(module)
     return module
 
@@ -70,6 +74,63 @@ def test_the_page_of_speed_is_as_generated(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(make_speed, "DOCS", tmp_path)
     make_speed.main(["--page"])
     assert (tmp_path / "speed.md").read_text() == (DOCS / "speed.md").read_text()
+
+
+def made_up(module: ModuleType, comparison: str, seconds: dict[str, float], step_mib: float = 100) -> None:
+    """Saves records of contenders that take so long, all sides of a growth alike."""
+    entries = [entry for entry in module.COMPARISONS[comparison].entries if entry[0] in seconds]
+    found = [
+        Measurement(
+            entry=Entry(contender=name, workload=workload),
+            answers=Answers(rounds=[[seconds[name]]] * 3, before_mib=50, peak_mib=50 + step_mib, output_error=0.01),
+            group=0,
+        )
+        for name, workload in entries
+    ]
+    found.append(replace(found[0], answers=Answers(error="ValueError: no reason")))
+    module.save(module.load() | {comparison: records(found)})
+
+
+def test_the_page_of_performance_tells_reached_missed_unmeasured_and_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load_script("make_performance")
+    monkeypatch.setattr(module, "DOCS", tmp_path)
+    (tmp_path / "performance_notes.md").write_text("## Why\n\nBecause.\n")
+    made_up(module, "train", {"timm:fp32": 3, "timm:bf16": 1.6, "sequencer2d:bf16": 1})
+    made_up(module, "infer", {"timm:fp32": 1, "sequencer2d:bf16": 0.25, "sequencer2d:fp32": 1})
+    made_up(module, "latency", {"onnxruntime:fp32": 1, "openvino:fp32": 0.5, "sequencer2d:fp32": 0.4})
+    made_up(module, "growth-train", {"sequencer2d:bf16": 1})
+    module.main(["--from-json"])
+    page = (tmp_path / "performance.md").read_text()
+    for row in (
+        "| training S, bf16, against timm fp32 | 2.8× | 4× | 3.00× (3.00–3.00) reached | not measured |",
+        "| training S, bf16, against timm bf16 | 1.25× | 1.6× | 1.60× (1.60–1.60) aim reached | not measured |",
+        "| training S, fp32, against timm fp32 | 1.1× | 1.6× | not measured | not measured |",
+        "| inference of S, batch 8, fp32, against timm fp32 | 1.3× | 1.8× | 1.00× (1.00–1.00) **missed** |",
+        "against the best of ONNX Runtime and OpenVINO | ≤ 1× | 0.75× | 0.80× (0.80–0.80) reached | – |",
+        "| memory of training S, bf16, against timm | ≤ 0.75× | – | 1.00× **missed** | not measured |",
+        "| memory per pixel in training, 896² against 224² | ≤ 1.15× | 1× | 1.00× aim reached | – |",
+        "timm:fp32 failed: ValueError: no reason.",
+    ):
+        assert row in page, row
+    assert page.endswith("## Why\n\nBecause.\n")
+    assert "Training S, 224², batch 8" in (tmp_path / "performance.svg").read_text()
+
+
+@pytest.mark.skipif(not (DOCS / "performance.jsonl").exists(), reason="docs/make_performance.py has not been run yet")
+def test_the_page_of_performance_is_as_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load_script("make_performance")
+    for name in ("performance.jsonl", "performance_notes.md"):
+        if (DOCS / name).exists():
+            (tmp_path / name).write_bytes((DOCS / name).read_bytes())
+    monkeypatch.setattr(module, "DOCS", tmp_path)
+    module.main(["--from-json"])
+    assert (tmp_path / "performance.md").read_text() == (DOCS / "performance.md").read_text()
+    assert (DOCS / "performance.svg").exists()
+    for group in module.load().values():
+        for record in group:
+            assert not record["environment"]["commit"].endswith("+"), "measure in a clean checkout"
 
 
 def test_every_variant_is_in_the_comparisons_with_the_official_code_and_timm() -> None:

@@ -24,6 +24,7 @@ TIERS: list[set[str]] = [
     {"data"},
     {"evaluation", "prediction", "visualize"},
     {"training"},
+    {"benchmarking"},
     {"__main__", "cli", "verbs"},
 ]
 """A module imports from its own tier and from those above it here; the longest name that fits counts."""

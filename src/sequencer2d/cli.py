@@ -12,6 +12,7 @@ VERBS = {
     "prepare": "fetch, verify and lay out a data set; safe to interrupt and repeat",
     "check": "unreadable, duplicate and leaking images of a folder, classes and sizes",
     "models": "list the variants with their parameters and sizes",
+    "benchmark": "speed and memory against timm, ONNX Runtime and OpenVINO, in turn on this CPU",
 }
 
 DONE, PROBLEM, WRONG_INPUT, STOPPED = 0, 1, 2, 75

@@ -19,6 +19,7 @@ from sequencer2d.cli import DONE, PROBLEM, STOPPED
 from sequencer2d.files import write_atomic
 
 if TYPE_CHECKING:
+    from sequencer2d.benchmarking.comparison import Measurement, Ratio
     from sequencer2d.data.check import Report
     from sequencer2d.training.config import TrainConfig
 
@@ -390,6 +391,79 @@ def models(arguments: list[str]) -> int:
         )
     Console().print(table)
     return DONE
+
+
+def benchmark(arguments: list[str]) -> int:
+    """`sequencer2d benchmark`"""
+    from sequencer2d.benchmarking.comparison import benchmark as run_benchmark
+    from sequencer2d.benchmarking.comparison import records
+
+    parser = VerbParser(
+        "sequencer2d benchmark",
+        description="Time our implementation and others on this CPU in turn: each in a process of its own, with the "
+        "same weights and images, and what it computes is checked. Exit status 1 where one fails.",
+    )
+    parser.add_function_arguments(run_benchmark, as_positional=False)
+    json_help = "file to write a line of JSON to for each: all steps, memory, versions, machine"
+    parser.add_argument("--json", type=str | None, default=None, help=json_help)
+    options = parser.parse_args(arguments).as_dict()
+    json_file = options.pop("json")
+    if json_file and not Path(json_file).parent.is_dir():  # told before minutes of measuring
+        raise FileNotFoundError(f"--json {json_file}: {Path(json_file).parent}: no such folder; make it first")
+    _log_to_screen()
+    found = run_benchmark(**options)
+    if json_file:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records(found))
+        write_atomic(Path(json_file), "".join(lines))
+    _print_measurements(found)
+    return PROBLEM if any(measurement.error for measurement in found) else DONE
+
+
+def _print_measurements(found: "Sequence[Measurement]") -> None:
+    """A table for each group of contenders that took turns."""
+    console = Console()
+    for number in dict.fromkeys(measurement.group for measurement in found):
+        group = [measurement for measurement in found if measurement.group == number]
+        reference = group[0]
+        headings = ["ms/step", "images/s", f"× {reference.entry.contender}", "half lie in", "MiB", "peak"]
+        if reference.entry.workload.mode == "infer":
+            headings[1:1] = ["p90", "p99"]
+        numbers = (Column(heading, justify="right") for heading in headings)
+        title = f"{reference.entry.workload}, {reference.entry.allocator} allocator"
+        table = Table("contender", *numbers, box=None, title=title, padding=(0, 1, 0, 0))
+        for measurement in group:
+            table.add_row(measurement.entry.contender, *_cells(measurement, reference))
+        console.print(table)
+        for measurement in group:
+            if measurement.error is not None:
+                print(f"failed: {measurement.entry.contender}: {_printable(measurement.error)}")
+    print("MiB: what steps need beyond libraries, weights and images; peak: with these")
+
+
+def _cells(measurement: "Measurement", reference: "Measurement") -> list[str]:
+    """What stands in the columns of numbers."""
+
+    def rounded(value: float | None, digits: int = 1) -> str:
+        return "–" if value is None else f"{value:,.{digits}f}"
+
+    if measurement.seconds is None:
+        return ["failed"]
+    tails = [rounded(measurement.percentile_ms(percent)) for percent in (90, 99)]
+    ratio = measurement.time_ratio(reference)
+    speedup = ["–", ""] if ratio is None else _speedup(ratio)
+    return [
+        rounded(1000 * measurement.seconds),
+        *(tails if measurement.entry.workload.mode == "infer" else []),
+        rounded(measurement.images_per_s),
+        *speedup,
+        rounded(measurement.step_mib, 0),
+        rounded(measurement.answers.peak_mib, 0),
+    ]
+
+
+def _speedup(ratio: "Ratio") -> list[str]:
+    inverse = ratio.inverse
+    return [f"{inverse.median:.2f}", f"({inverse.low:.2f}–{inverse.high:.2f})"]
 
 
 def _height_width(text: str) -> tuple[int, int]:
