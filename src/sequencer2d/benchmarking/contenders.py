@@ -145,7 +145,26 @@ def _ours(
     in_kernel = backend != "torch" and native.available
     where = f"CPU kernel {native.kernel}" if in_kernel else "PyTorch"
     missing = "" if in_kernel or backend == "torch" else f", as there is no kernel: {native.detail}"
-    return Running(step=_torch_step(net, workload, precision), detail=f"LSTMs in {where}{missing}")
+    return Running(step=_torch_step(net, workload, precision), detail=f"blocks in {where}{missing}")
+
+
+def _ours_int8(workload: Workload, state: dict[str, Any]) -> Running:
+    import torch
+
+    from sequencer2d.native import backends
+    from sequencer2d.quantization import quantize
+
+    net = _ours_net(workload, "auto")
+    net.load_state_dict(state)
+    images, _ = _batch(workload)
+    net = quantize(net.eval(), images)
+
+    def infer() -> "Tensor":
+        with torch.inference_mode():
+            return net(images)
+
+    native = next(each for each in backends() if each.name == "native")
+    return Running(step=infer, detail=f"calibrated on the batch that is measured; CPU kernel {native.kernel}")
 
 
 def _timm(workload: Workload, state: dict[str, Any], *, precision: str, compiled: bool = False) -> Running:
@@ -209,6 +228,9 @@ _BF16 = "bf16 (autocast in training, cast once for inference)"
 CONTENDERS: dict[str, Contender] = {
     "sequencer2d:fp32": Contender(build=partial(_ours, precision="fp32"), how="ours, fp32"),
     "sequencer2d:bf16": Contender(build=partial(_ours, precision="bf16"), how=f"ours, {_BF16}"),
+    "sequencer2d:int8": Contender(
+        build=_ours_int8, how="ours, linear layers of the blocks in int8, recurrence in bf16", modes=("infer",)
+    ),
     "sequencer2d-torch:fp32": Contender(
         build=partial(_ours, precision="fp32", backend="torch"), how="ours with PyTorch's LSTMs, fp32"
     ),

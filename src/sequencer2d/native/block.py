@@ -11,9 +11,8 @@ import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from sequencer2d.native import weights
+from sequencer2d.native import matmul, weights
 from sequencer2d.native.choice import is_plain, is_unobserved, ready
 from sequencer2d.native.library import kernel
 
@@ -39,7 +38,7 @@ def residual_norm(
         and norm.bias is not None
         and is_plain(*tensors, norm.weight, norm.bias)
         and norm.normalized_shape == x.shape[-1:]
-        and (x.dtype, dtype) in _NORM_TYPES
+        and (x.dtype, dtype) in _TYPES
         and all(tensor.is_contiguous() and tensor.shape == x.shape for tensor in tensors)
         and (branch is None or branch.dtype == dtype)
         and x.numel() > 0
@@ -62,9 +61,9 @@ def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
         return module(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
         return _Mlp.apply(*(tensor.to(dtype) for tensor in (x, *parameters)))  # type: ignore[return-value]
-    hidden = F.linear(x.detach().to(dtype), *weights.cast(module.fc1, dtype))
+    hidden = matmul.linear(x.detach().to(dtype), *weights.cast(module.fc1, dtype))
     kernel().gelu(hidden, hidden)
-    return F.linear(hidden, *weights.cast(module.fc2, dtype))
+    return matmul.linear(hidden, *weights.cast(module.fc2, dtype))
 
 
 def _is_plain_mlp(module: Any, x: Tensor, backend: str) -> bool:
@@ -82,7 +81,7 @@ def _is_plain_mlp(module: Any, x: Tensor, backend: str) -> bool:
 
 
 def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
-    """A linear layer, whose weights in autocast's precision are kept between calls where nothing is trained."""
+    """A linear layer; where nothing is trained, its weights in autocast's precision are kept between calls."""
     if (
         ready(backend)
         and type(module) is nn.Linear
@@ -90,18 +89,19 @@ def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
         and is_unobserved(module)
         and is_plain(x, module.weight, module.bias)
         and not (torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad))
-        and (_dtype(x), module.weight.dtype) == (torch.bfloat16, torch.float32)
+        and module.weight.dtype == module.bias.dtype
+        and (module.weight.dtype, _dtype(x)) in _TYPES
     ):
-        return F.linear(x.detach().to(torch.bfloat16), *weights.cast(module, torch.bfloat16))
+        return matmul.linear(x.detach().to(_dtype(x)), *weights.cast(module, _dtype(x)))
     return module(x)
 
 
-_NORM_TYPES = {
+_TYPES = {
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16),
 }
-"""Of the residual stream and of what leaves the norm."""
+"""What is stored, and what is computed in."""
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -155,11 +155,11 @@ class _Mlp(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
     ) -> Tensor:
-        before = F.linear(x, w1, b1)
+        before = matmul.linear(x, w1, b1)
         hidden = torch.empty_like(before)
         kernel().gelu(before, hidden)
         ctx.save_for_backward(x, w1, w2, before)
-        return F.linear(hidden, w2, b2)
+        return matmul.linear(hidden, w2, b2)
 
     @staticmethod
     @once_differentiable
@@ -167,11 +167,11 @@ class _Mlp(torch.autograd.Function):
         x, w1, w2, before = ctx.saved_tensors
         wants_x, wants_w1, wants_b1, wants_w2, wants_b2 = ctx.needs_input_grad
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_hidden = grad @ w2
+        grad_hidden = matmul.linear(grad, w2.t())
         hidden, grad_before = torch.empty_like(grad_hidden), torch.empty_like(grad_hidden)
         kernel().gelu(before, hidden, grad_hidden, grad_before)
         return (
-            (grad_before @ w1).reshape(x.shape) if wants_x else None,
+            matmul.linear(grad_before, w1.t()).reshape(x.shape) if wants_x else None,
             grad_before.t() @ x.reshape(-1, x.shape[-1]) if wants_w1 else None,
             grad_before.sum(0) if wants_b1 else None,
             grad.t() @ hidden if wants_w2 else None,

@@ -3,17 +3,17 @@
 Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size, `R` directions in all: first those along
 columns (down, up), then those along rows (right, left); `N = B·H·W` tokens. Gates are in PyTorch's order i, f, g, o.
 
-The input projections of all directions are one matrix product of ATen's; the recurrence is the kernels'.
+The input projections of all directions are one matrix product of a library's; the recurrence is the kernels'.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from sequencer2d.native.library import Shape, kernel
+from sequencer2d.native.matmul import linear
 
 
 def shape_of(x: Tensor, directions: int, hidden: int, vertical: int) -> Shape:
@@ -50,7 +50,7 @@ def run_forward(
     y = x.new_empty(*x.shape[:3], shape.directions * shape.hidden)
     if y.numel() == 0:
         return y, x.new_empty(0), x.new_empty(0)
-    gates = F.linear(x.reshape(-1, x.shape[3]), w_ih, bias)
+    gates = linear(x.reshape(-1, x.shape[3]), w_ih, bias)
     cells = y.new_empty(gates.shape[0], y.shape[3]) if keep else None
     kernel().forward(shape, packed, gates, cells, y)
     return (y, gates, cells) if cells is not None else (y, x.new_empty(0), x.new_empty(0))
@@ -106,7 +106,7 @@ def bilstm2d_backward(
     by_direction = zip(previous, grad_gates.chunk(shape.directions, dim=1), strict=True)
     grad_w_hh = [(hidden.t() @ of_gates).t() for hidden, of_gates in by_direction]  # faster than the other way round
     return (
-        (grad_gates @ w_ih).reshape(x.shape),
+        linear(grad_gates, w_ih.t()).reshape(x.shape),
         grad_gates.t() @ x.reshape(-1, x.shape[3]),
         torch.stack(grad_w_hh),
         grad_bias.to(w_ih.dtype),
