@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins import MixedPrecision
 
 from runs import make_images, rows
 from sequencer2d.data import loaders
@@ -23,6 +25,7 @@ from sequencer2d.training.checkpoints import newest_checkpoint
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
 from sequencer2d.training.faults import TrainingError, explained, load_fault
 from sequencer2d.training.run import replay_fault, train
+from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import load_model
 
 
@@ -45,7 +48,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, fault: Callable[[], Any]) -> None:
-    """Makes the model's training call of this number, from 0, do something else first."""
+    """Makes the model's training call of this number, from 0, do something else first, or have its images multiplied."""
     original = Sequencer2D.forward
     calls = 0
 
@@ -53,8 +56,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, fault: Callable[[], Any]
         nonlocal calls
         calls += self.training
         factor = fault() if self.training and calls == call + 1 else None
-        y = original(self, x)
-        return y if factor is None else y * factor
+        return original(self, x if factor is None else x * factor)
 
     monkeypatch.setattr(Sequencer2D, "forward", forward)
 
@@ -118,6 +120,38 @@ def test_so_many_updates_may_be_skipped(config: TrainConfig, monkeypatch: pytest
     )["state_dict"].items():
         assert value.isfinite().all(), name
     assert sum(row.get("train_loss", 0) is None for row in rows(Path(config.run_dir or ""))) == 1
+
+
+def trainer_in_fp16(*, precision: str, plugins: list[Any], **options: Any) -> Trainer:
+    """Lightning's, which refuses this on a CPU."""
+    fp16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+    return Trainer(plugins=[*plugins, fp16], **options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("batch", [4, 5])
+def test_a_skipped_update_changes_no_statistics(
+    batch: int, precision: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both batches of the third update have been through the batch norms by then, and the average follows them."""
+    after: list[list[torch.Tensor]] = []
+    original = SequencerTask.optimizer_step
+
+    def optimizer_step(self: SequencerTask, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        after.append([buffer.clone() for buffer in self.model.buffers()])
+        assert all(buffer.isfinite().all() for buffer in self.evaluated_model.buffers())
+
+    monkeypatch.setattr(SequencerTask, "optimizer_step", optimizer_step)
+    if precision == "fp16":
+        monkeypatch.setattr("sequencer2d.training.run.pl.Trainer", trainer_in_fp16)
+    fail_at(monkeypatch, batch, lambda: math.nan)
+    assert train(replace(config, skip_nonfinite=1, backend="torch")).finished
+    changes = [
+        not all(map(torch.equal, statistics, before)) for before, statistics in zip(after[:-1], after[1:], strict=True)
+    ]
+    assert changes == [number != 1 for number in range(len(changes))]
+    assert len(changes) == 5
 
 
 def test_one_more_than_may_be_skipped_stops(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

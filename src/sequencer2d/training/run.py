@@ -39,7 +39,7 @@ from sequencer2d.training.compilation import check_compiler, compile_regions
 from sequencer2d.training.config import TrainConfig, resolve
 from sequencer2d.training.distillation import Teacher, load_teacher
 from sequencer2d.training.early_stopping import StopWithoutImprovement
-from sequencer2d.training.faults import explained, load_fault
+from sequencer2d.training.faults import TrainingError, explained, load_fault
 from sequencer2d.training.finetune import follow_weights, freeze
 from sequencer2d.training.finetune_config import ProgressiveConfig
 from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
@@ -449,7 +449,7 @@ def _fit(
             callbacks=[
                 *([TrainingProgress()] if ranks.is_first else []),
                 *patience,
-                Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
+                Checkpoints(folder, metrics_file, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best),
             ],
         )
         try:
@@ -493,9 +493,15 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     """Evaluates the best weights once, and writes model file, samples, report and result."""
     path = run.run_dir / "model.safetensors"
     model, card = load_model(path)
-    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
-    validation = next(row for row in reversed(rows) if "valid_acc" in row)
-    run.save_weights(task.evaluated_model, task, validation, which="last", name="last.safetensors")
+    metrics = run.run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    validations = [row for row in rows if "valid_acc" in row]
+    if not validations:
+        raise TrainingError(
+            f"{metrics} has no validation: it was damaged or deleted after the last one; go back to a checkpoint ahead of "
+            f"that, if {run.run_dir / 'checkpoints'} has one: sequencer2d train --resume CHECKPOINT"
+        )
+    run.save_weights(task.evaluated_model, task, validations[-1], which="last", name="last.safetensors")
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}

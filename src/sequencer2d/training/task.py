@@ -11,6 +11,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -27,7 +28,7 @@ from sequencer2d.training.finetune import scale_by_layer
 from sequencer2d.training.machine import Precision, fuses_adamw
 from sequencer2d.training.muon import Muon, muon_groups
 from sequencer2d.training.progressive import resized, size_in
-from sequencer2d.training.ranks import Ranks
+from sequencer2d.training.ranks import Ranks, count_batch
 from sequencer2d.training.schedule import Clock, learning_rate
 from sequencer2d.training.sharding import is_to_shard, whole_model, whole_tensor
 
@@ -93,6 +94,8 @@ class SequencerTask(pl.LightningModule):
         """Of the update that is under way."""
         self.seeds: list[tuple[int, ...]] = []
         """Of these batches."""
+        self.buffers_before: list[Tensor] = []
+        """What the model's buffers (statistics of batch norms) were before that update's first batch."""
         self.epochs_done = 0.0
 
     @property
@@ -151,6 +154,7 @@ class SequencerTask(pl.LightningModule):
 
     def on_nonfinite(self, optimizer: torch.optim.Optimizer, gradient_norm: float) -> None:
         """Skips the update, or ends the run with a diagnosis. What led to it is kept in a file."""
+        self.restore_buffers()
         rate = optimizer.param_groups[0]["lr"]
         loss = float(self.trainer.callback_metrics.get("train_loss", math.nan))
         where = f"update {self.global_step}: loss {loss:.4g}, norm of the gradient {gradient_norm:.4g}"
@@ -181,6 +185,15 @@ class SequencerTask(pl.LightningModule):
         for parameter in self.model.parameters():
             parameter.grad = None
 
+    def keep_buffers(self) -> None:
+        """Notes the statistics of batch norms, which every pass over a batch changes."""
+        self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+
+    def restore_buffers(self) -> None:
+        """Puts back what the batches of an update that is skipped have made of them: it may be NaN for ever."""
+        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+            buffer.copy_(before)
+
     def on_fit_start(self) -> None:
         if self.teacher:
             self.teacher.model.to(self.device)
@@ -196,12 +209,15 @@ class SequencerTask(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         self.note_skipped(batch)
         num_images = self.ranks.total(len(batch.images))
-        if not num_images:
-            return None
+        if not num_images:  # an update that has begun is ended by all ranks together, one without any image is none
+            return zero_loss(self.model) if self.batches else None
         share = len(batch.images) * self.ranks.world_size / num_images  # the ranks' losses are then averaged
+        count_batch(self.model, bool(len(batch.images)))
         if not len(batch.images):
             batch = blank(self.preprocessing, batch)
         seed, epoch = (self.config.seed, self.current_epoch, batch_idx), self.schedule_epoch
+        if not self.batches:
+            self.keep_buffers()
         self.batches.append(batch)
         self.seeds.append(seed)
         loss = self.loss(batch, seed, epoch)
@@ -234,7 +250,11 @@ class SequencerTask(pl.LightningModule):
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Updates the weights and their average; before any callback saves a checkpoint of this step."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler else 1.0
         super().optimizer_step(*arguments, **options)
+        if scaler and scaler.get_scale() < scale:  # it tells by this alone that it has skipped the update
+            self.restore_buffers()
         if self.ema:
             self.ema.update(self.model, self.global_step + 1 if self.config.optim.ema_warmup else None)
 
@@ -325,3 +345,10 @@ def blank(preprocessing: Preprocessing, batch: Batch) -> Batch:
     """One black image for a rank that has none: it must take part in the exchange of gradients, with no weight."""
     side, zero = preprocessing.image_size, torch.zeros(1, dtype=torch.int64)
     return Batch(batch.images.new_zeros((1, side, side, 3)), zero, zero, batch.skipped)
+
+
+def zero_loss(model: Sequencer2D) -> Tensor:
+    """A loss of 0 with a gradient of 0 for each weight that is trained, as an exchange of gradients expects it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+    return torch.stack([parameter.sum() for parameter in own]).sum() * 0
