@@ -498,8 +498,8 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     validations = [row for row in rows if "valid_acc" in row]
     if not validations:
         raise TrainingError(
-            f"{metrics} has no validation: it was damaged or deleted after the last one; go back to a checkpoint ahead of "
-            f"that, if {run.run_dir / 'checkpoints'} has one: sequencer2d train --resume CHECKPOINT"
+            f"{metrics} has no validation: it was damaged or deleted after the last one; go back to a checkpoint of "
+            f"{run.run_dir / 'checkpoints'} that is ahead of it: sequencer2d train --resume CHECKPOINT"
         )
     run.save_weights(task.evaluated_model, task, validations[-1], which="last", name="last.safetensors")
     split = "test" if run.data.test else "val"

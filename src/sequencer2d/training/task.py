@@ -97,6 +97,8 @@ class SequencerTask(pl.LightningModule):
         self.buffers_before: list[Tensor] = []
         """What the model's buffers (statistics of batch norms) were before that update's first batch."""
         self.epochs_done = 0.0
+        self.timed_progress = 0.0
+        """Of a run with a budget of time, when the last update ended."""
 
     @property
     def evaluated_model(self) -> Sequencer2D:
@@ -110,9 +112,8 @@ class SequencerTask(pl.LightningModule):
 
     @property
     def progress(self) -> float:
-        """Fraction of the run that is done. Each rank has a clock of its own; the fastest one counts."""
-        progress = self.clock.progress(self.global_step)
-        return progress if self.config.max_minutes is None else self.ranks.highest(progress)
+        """Fraction of the run that is done."""
+        return self.clock.progress(self.global_step) if self.config.max_minutes is None else self.timed_progress
 
     @property
     def images_per_s(self) -> float:
@@ -182,6 +183,10 @@ class SequencerTask(pl.LightningModule):
             )
         self.nonfinite_updates += 1
         log.warning("skipped %s", where)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Leaves an optimiser nothing to do."""
         for parameter in self.model.parameters():
             parameter.grad = None
 
@@ -200,17 +205,23 @@ class SequencerTask(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.clock.start()
+        self.compare_clocks()
         self.on_train_epoch_start()  # Lightning leaves it out when a run continues inside an epoch
+
+    def compare_clocks(self) -> None:
+        """Each rank has a clock of its own; the fastest one counts."""
+        if self.config.max_minutes is not None:
+            self.timed_progress = self.ranks.highest(self.clock.progress(self.global_step))
 
     def on_train_epoch_start(self) -> None:
         self.images_seen = 0
         self.epoch_started = time.monotonic()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.note_skipped(batch)
         num_images = self.ranks.total(len(batch.images))
-        if not num_images:  # an update that has begun is ended by all ranks together, one without any image is none
-            return zero_loss(self.model) if self.batches else None
+        if not num_images:
+            return zero_loss(self.model)  # the ranks exchange the gradients of this update's other batches all the same
         share = len(batch.images) * self.ranks.world_size / num_images  # the ranks' losses are then averaged
         count_batch(self.model, bool(len(batch.images)))
         if not len(batch.images):
@@ -247,6 +258,8 @@ class SequencerTask(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.log("learning_rate", rate)
+        if not self.batches:  # not one image could be read: a gradient of 0 would still move the weights
+            self.drop_gradients()
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Updates the weights and their average; before any callback saves a checkpoint of this step."""
@@ -262,6 +275,7 @@ class SequencerTask(pl.LightningModule):
         if self.ends_update(batch_idx):
             self.batches.clear()
             self.seeds.clear()
+            self.compare_clocks()
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
         self.log_position()
