@@ -98,7 +98,7 @@ class SequencerTask(pl.LightningModule):
         """What the model's buffers (statistics of batch norms) were before that update's first batch."""
         self.epochs_done = 0.0
         self.timed_progress = 0.0
-        """Of a run with a budget of time, when the last update ended."""
+        """Of a run with a budget of time, at the last change of the weights."""
 
     @property
     def evaluated_model(self) -> Sequencer2D:
@@ -112,8 +112,8 @@ class SequencerTask(pl.LightningModule):
 
     @property
     def progress(self) -> float:
-        """Fraction of the run that is done."""
-        return self.clock.progress(self.global_step) if self.config.max_minutes is None else self.timed_progress
+        """Fraction of the run that is done, by updates or by the clock at the last of them."""
+        return max(min(self.global_step / self.clock.total_updates, 1.0), self.timed_progress)
 
     @property
     def images_per_s(self) -> float:
@@ -209,7 +209,7 @@ class SequencerTask(pl.LightningModule):
         self.on_train_epoch_start()  # Lightning leaves it out when a run continues inside an epoch
 
     def compare_clocks(self) -> None:
-        """Each rank has a clock of its own; the fastest one counts."""
+        """Each rank has a clock of its own; the fastest one counts. Once per update, since all wait for each other."""
         if self.config.max_minutes is not None:
             self.timed_progress = self.ranks.highest(self.clock.progress(self.global_step))
 
@@ -254,6 +254,7 @@ class SequencerTask(pl.LightningModule):
         return self.teacher.blend(loss, logits, images, self.preprocessing) if self.teacher else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.compare_clocks()
         rate = learning_rate(self.progress * self.total_epochs, self.config.epochs, self.config.optim)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -275,7 +276,6 @@ class SequencerTask(pl.LightningModule):
         if self.ends_update(batch_idx):
             self.batches.clear()
             self.seeds.clear()
-            self.compare_clocks()
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
         self.log_position()
