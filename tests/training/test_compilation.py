@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from runs import rows, stop_at, tiny_run
+from jobs import Job
+from runs import assert_same, rows, stop_at, tiny_run
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.training import compilation, run
 from sequencer2d.training.compilation import check_compiler, compile_regions
@@ -95,6 +96,23 @@ def test_what_the_compiler_makes_is_close_to_eager(tiny_config: SequencerConfig)
             gradients.append(torch.autograd.grad(loss, list(one.parameters())))
         for got, expected in zip(gradients[1], gradients[0], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_ranks_compile_what_each_of_them_computes_alone(tmp_path: Path) -> None:
+    """The stem is left out; its batch norms exchange statistics."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except TrainingError as error:
+        pytest.skip(str(error))
+    recipe = {**tiny_run(tmp_path).to_dict(), "epochs": 1}
+    recipe["model_args"]["drop_rate"] = 0.0  # compiled, it draws other numbers
+    for name in ("eager", "compiled"):
+        settings = {**recipe, "compile": name == "compiled", "run_dir": str(tmp_path / name)}
+        statuses, errors = Job(tmp_path / f"job {name}", settings, ranks=2).run()
+        assert statuses == [0, 0], errors
+        assert ("compile: " in errors) == (name == "compiled")
+    assert_same(tmp_path / "compiled", tmp_path / "eager")
 
 
 def test_a_failing_compiler_is_an_error_before_anything_is_written(

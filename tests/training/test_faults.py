@@ -1,6 +1,7 @@
 """What goes wrong is told so that one knows what to do; what was good before stays good."""
 
 import errno
+import itertools
 import json
 import math
 import multiprocessing
@@ -14,38 +15,29 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins import MixedPrecision
 
-from runs import make_images, rows
+from runs import rows, tiny_run
 from sequencer2d.data import loaders
+from sequencer2d.data.loaders import Batch
 from sequencer2d.model import Sequencer2D
 from sequencer2d.training import callbacks
 from sequencer2d.training.checkpoints import newest_checkpoint
-from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
+from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.faults import TrainingError, explained, load_fault
 from sequencer2d.training.run import replay_fault, train
+from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import load_model
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
-    return TrainConfig(
-        model="sequencer2d_conv_p_patch2_16",
-        model_args={"layers": [1, 1], "embed_dims": [8, 8], "hidden_sizes": [2, 2], "stem_widths": [8]},
-        data=str(make_images(tmp_path / "colours")),
-        val_fraction=0.25,
-        epochs=3,
-        batch_size=6,
-        accumulate=2,
-        augment=AugmentConfig(mixup_alpha=0.8, random_erasing=0.3),
-        optim=OptimConfig(learning_rate=1e-2, warmup_epochs=1, ema_decay=0.9),
-        precision="fp32",
-        run_dir=str(tmp_path / "run"),
-        log_every=1,
-    )
+    return replace(tiny_run(tmp_path), epochs=3, batch_size=6)
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, fault: Callable[[], Any]) -> None:
-    """Makes the model's training call of this number, from 0, do something else first."""
+    """Makes the model's training call of this number, from 0, do something else first, or multiply its images."""
     original = Sequencer2D.forward
     calls = 0
 
@@ -53,8 +45,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, fault: Callable[[], Any]
         nonlocal calls
         calls += self.training
         factor = fault() if self.training and calls == call + 1 else None
-        y = original(self, x)
-        return y if factor is None else y * factor
+        return original(self, x if factor is None else x * factor)
 
     monkeypatch.setattr(Sequencer2D, "forward", forward)
 
@@ -118,6 +109,60 @@ def test_so_many_updates_may_be_skipped(config: TrainConfig, monkeypatch: pytest
     )["state_dict"].items():
         assert value.isfinite().all(), name
     assert sum(row.get("train_loss", 0) is None for row in rows(Path(config.run_dir or ""))) == 1
+
+
+def trainer_in_fp16(*, precision: str, plugins: list[Any], **options: Any) -> Trainer:
+    """Lightning's, which refuses this on a CPU."""
+    fp16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+    return Trainer(plugins=[*plugins, fp16], **options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("batch", [4, 5])
+def test_a_skipped_update_changes_no_statistics(
+    batch: int, precision: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both batches of the third update have been through the batch norms by then, and the average follows them."""
+    after: list[list[torch.Tensor]] = []
+    original = SequencerTask.optimizer_step
+
+    def optimizer_step(self: SequencerTask, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        after.append([buffer.clone() for buffer in self.model.buffers()])
+        assert all(buffer.isfinite().all() for buffer in self.evaluated_model.buffers())
+
+    monkeypatch.setattr(SequencerTask, "optimizer_step", optimizer_step)
+    if precision == "fp16":
+        monkeypatch.setattr("sequencer2d.training.run.pl.Trainer", trainer_in_fp16)
+    fail_at(monkeypatch, batch, lambda: math.nan)
+    assert train(replace(config, skip_nonfinite=1, backend="torch")).finished
+    changes = [not all(map(torch.equal, *pair)) for pair in itertools.pairwise(after)]
+    assert changes == [number != 1 for number in range(len(changes))]
+    assert len(changes) == 5
+
+
+@pytest.mark.parametrize("unreadable", [(4, 5), (4,), (5,)])
+def test_an_update_without_any_image_changes_nothing(
+    unreadable: tuple[int, ...], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third update; the momentum of those before, and the decay of weights, would go on. One batch is enough."""
+    after: list[torch.Tensor] = []
+    steps = itertools.count()
+    training_step, optimizer_step = SequencerTask.training_step, SequencerTask.optimizer_step
+
+    def with_some_unreadable(self: SequencerTask, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if next(steps) in unreadable:
+            batch = Batch(batch.images[:0], batch.labels[:0], batch.indices[:0], skipped=[])
+        return training_step(self, batch, batch_idx)
+
+    def noting_weights(self: SequencerTask, *arguments: Any, **options: Any) -> None:
+        optimizer_step(self, *arguments, **options)
+        after.append(torch.nn.utils.parameters_to_vector(self.model.parameters()).clone())
+
+    monkeypatch.setattr(SequencerTask, "training_step", with_some_unreadable)
+    monkeypatch.setattr(SequencerTask, "optimizer_step", noting_weights)
+    assert train(config).finished
+    assert torch.equal(after[1], after[2]) == (len(unreadable) == 2)
 
 
 def test_one_more_than_may_be_skipped_stops(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,13 @@ def test_everything_is_set_and_put_back_even_after_an_error(gpu: None, monkeypat
         assert state() == {**before, "flushes": True, "tf32": "high"}
 
 
+def test_a_workspace_that_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with settled(TrainConfig(deterministic=True), Ranks()):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+
 def test_without_a_gpu_products_in_fp32_are_exact() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")

@@ -17,7 +17,7 @@ from torch import nn
 
 from jobs import Job
 from runs import assert_same, rows
-from sequencer2d.data.catalog import load_data
+from sequencer2d.data.catalog import FileImages, load_data
 from sequencer2d.data.loaders import ShuffledBatches
 from sequencer2d.data.shards import write_shards
 from sequencer2d.training import ranks as ranks_module
@@ -134,6 +134,36 @@ def test_a_rank_without_a_readable_image_does_not_keep_the_others_waiting(
 
 
 @pytest.mark.slow
+def test_blank_images_of_idle_ranks_change_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Of batches of two, which mixing keeps together, the second rank never has an image."""
+    recipe |= {"batch_size": 2, "epochs": 1}
+    for name, ranks in (("two", 2), ("one", 1)):
+        job = Job(tmp_path / name, {**recipe, "run_dir": str(tmp_path / f"run of {name}")}, ranks=ranks)
+        statuses, errors = job.run()
+        assert set(statuses) == {0}, errors
+    assert_same(tmp_path / "run of two", tmp_path / "run of one")
+
+
+@pytest.mark.slow
+def test_an_update_that_ends_with_an_unreadable_batch_is_the_same_on_all_ranks(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first is of two batches and lacks the second; another, of one batch, has no image at all."""
+    images = load_data(recipe["data"], val_fraction=0.25).train
+    assert isinstance(images, FileImages)
+    batches = list(ShuffledBatches(len(images), recipe["batch_size"], 0))
+    assert len(batches) == 3
+    for index, _ in batches[1] + batches[2]:
+        (images.root / images.name(index)).write_bytes(b"no image")
+    recipe |= {"epochs": 1, "optim": {**recipe["optim"], "warmup_epochs": 0}}
+    for name, ranks in (("two", 2), ("one", 1)):
+        job = Job(tmp_path / name, {**recipe, "run_dir": str(tmp_path / f"run of {name}")}, ranks=ranks)
+        statuses, errors = job.run()
+        assert set(statuses) == {0}, errors
+    assert_same(tmp_path / "run of two", tmp_path / "run of one")
+
+
+@pytest.mark.slow
 def test_two_ranks_stream_shards(recipe: dict[str, Any], tmp_path: Path) -> None:
     """27 training images in batches of seven, of which one rank has four and the other three."""
     data = load_data(recipe["data"], val_fraction=0.25)
@@ -235,21 +265,27 @@ def test_slurm_says_how_many_cores_a_task_has_that_is_not_bound(monkeypatch: pyt
 _NORMS = """
 import sys, torch
 from torch import distributed, nn
-from sequencer2d.training.ranks import share_batch_norms
+from sequencer2d.training.ranks import count_batch, share_batch_norms
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meeting", rank=rank, world_size=2)
 norm = nn.Sequential(nn.BatchNorm2d(3)).train()
 norm.load_state_dict(torch.load(f"{sys.argv[2]}/state.pt", weights_only=True))
 share_batch_norms(norm)
-x = torch.load(f"{sys.argv[2]}/x.pt", weights_only=True)[[slice(0, 1), slice(1, 4)][rank]].requires_grad_()
-norm(x).square().mul(torch.arange(1.0, 6)).sum().backward()
+images = torch.load(f"{sys.argv[2]}/x.pt", weights_only=True)
+first, counted = int(sys.argv[3]), int(sys.argv[3]) < 4
+x = (images[[slice(0, first), slice(first, 4)][rank]] if counted or rank == 0 else torch.zeros(1, 3, 4, 5))
+x.requires_grad_()
+count_batch(norm, counted or rank == 0)
+(norm(x).square().mul(torch.arange(1.0, 6)).sum() * (counted or rank == 0)).backward()
 gradients = norm[0].weight.grad.clone()
 distributed.all_reduce(gradients)
 torch.save([x.grad, gradients, norm.state_dict()], f"{sys.argv[2]}/{rank}.pt")
 """
 
 
-def test_batch_norms_use_the_statistics_of_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_first", [1, 4])
+def test_batch_norms_use_the_statistics_of_all_ranks(of_first: int, tmp_path: Path) -> None:
+    """Of four images the first rank has one or all; then the blank image of the other has no part in them."""
     layer = nn.BatchNorm2d(3)
     norm = nn.Sequential(layer).train()
     nn.init.normal_(layer.weight)
@@ -258,14 +294,15 @@ def test_batch_norms_use_the_statistics_of_all_ranks(tmp_path: Path) -> None:
     torch.save(norm.state_dict(), tmp_path / "state.pt")
     torch.save(x.detach(), tmp_path / "x.pt")
     processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _NORMS, str(rank), str(tmp_path)]) for rank in range(2)
+        subprocess.Popen([sys.executable, "-W", "ignore", "-c", _NORMS, str(rank), str(tmp_path), str(of_first)])
+        for rank in range(2)
     ]
     assert [process.wait(60) for process in processes] == [0, 0]
     norm(x).square().mul(torch.arange(1.0, 6)).sum().backward()
     (first, gradients, state), (second, _, other) = (
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
     )
-    torch.testing.assert_close(torch.cat([first, second]), x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([first, second])[:4], x.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients, layer.weight.grad, rtol=1e-4, atol=1e-5)
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)

@@ -2,14 +2,15 @@
 
 import json
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import Logger
@@ -43,9 +44,19 @@ class JsonLinesLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step, **{name: _json_number(value) for name, value in metrics.items()}}
+        with self._file() as file:
+            file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Has the rows so far on the disk itself, where they outlast a loss of power."""
+        with self._file() as file:
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def _file(self) -> Iterator[TextIO]:
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                yield file
         except OSError as error:
             error.filename = error.filename or str(self.path)
             raise
@@ -81,10 +92,12 @@ class Checkpoints(pl.Callback):
 
     Checkpoints are written after every validation, every so many minutes in between, and on Ctrl-C, SIGTERM or SIGUSR1
     (Slurm's, ahead of the end of the job), as soon as the update is finished. A second Ctrl-C stops at once. Asked to
-    before the first update, training stops without one.
+    before the first update, training stops without one. What `metrics.jsonl` has of the updates up to a checkpoint is
+    on disk before it.
 
     Args:
         folder: Of the checkpoints.
+        metrics: The rows that belong to them.
         minutes: Between two of them.
         ranks: All of them write and stop at the same update.
         save_best: Called after a validation that is the best so far, with its metrics.
@@ -93,12 +106,14 @@ class Checkpoints(pl.Callback):
     def __init__(
         self,
         folder: CheckpointFolder,
+        metrics: JsonLinesLogger,
         *,
         minutes: float,
         ranks: Ranks,
         save_best: Callable[[SequencerTask, dict[str, float]], None],
     ) -> None:
         self.folder = folder
+        self.metrics = metrics
         self.minutes = minutes
         self.ranks = ranks
         self.save_best = save_best
@@ -126,7 +141,8 @@ class Checkpoints(pl.Callback):
             self.save(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.stopping:  # only now are the metrics of the last step written
+        self.publish()  # only now are the metrics of the last step written
+        if self.stopping:
             raise StopRequested
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -138,10 +154,21 @@ class Checkpoints(pl.Callback):
             self.best = metrics["valid_acc"]
             self.save_best(pl_module, metrics)
         self.save(trainer)
+        self.publish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        with suppress(OSError):  # the error that ends the run is the one to tell
+            self.publish()
 
     def save(self, trainer: pl.Trainer) -> None:
+        """Makes a checkpoint, which is written by `publish`."""
         trainer.save_checkpoint(self.folder.path(trainer.global_step))
         self.last_save = time.monotonic()
+
+    def publish(self) -> None:
+        if self.folder.pending:
+            self.metrics.sync()
+            self.folder.publish()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

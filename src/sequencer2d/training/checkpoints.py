@@ -26,22 +26,33 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointFolder(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints, for the folder `checkpoints/` of a run."""
+    """Lightning's reading and writing of checkpoints, for the folder `checkpoints/` of a run.
+
+    Lightning has a checkpoint made before it logs the metrics of that step. So a checkpoint is kept in memory until
+    `publish` is called, when they are written.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self.pending: tuple[Path, bytes] | None = None
+        """A checkpoint that is not written yet, on the rank that writes."""
 
     def path(self, updates: int) -> Path:
         """Where `save_checkpoint` is asked to write; the checksum is added to the name."""
         return self.folder / f"step-{updates:08d}.ckpt"
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a checkpoint, and then removes those that are older than the last `keep`."""
+        """Keeps a checkpoint to be published, in the place of any other."""
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        content = buffer.getvalue()
-        path = Path(path)
+        self.pending = Path(path), buffer.getvalue()
+
+    def publish(self) -> None:
+        """Writes the checkpoint that was saved, if there is one, and then removes those older than the last `keep`."""
+        if self.pending is None:
+            return
+        (path, content), self.pending = self.pending, None
         write_atomic(path.with_stem(f"{path.stem}-{_digits(content)}"), content)
         for old in find_checkpoints(self.folder)[self.keep :]:
             old.unlink(missing_ok=True)

@@ -176,6 +176,9 @@ def _local_world_size(environment: ClusterEnvironment) -> int:
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of all ranks' batches; `nn.SyncBatchNorm` needs a GPU."""
 
+    counted = True
+    """Whether this rank's batch counts: a blank image that it has for want of others does not."""
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
@@ -185,7 +188,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None
         x = input.float()
         count = x.new_tensor([x.shape[0] * x.shape[2] * x.shape[3]])
-        sums = _SumOverRanks.apply(torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), count]))
+        own = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), count])
+        sums = _SumOverRanks.apply(own if self.counted else own * 0)
         channels, total = x.shape[1], sums[-1]
         mean = sums[:channels] / total
         variance = (sums[channels:-1] / total - mean.square()).clamp(min=0)
@@ -216,3 +220,10 @@ def share_batch_norms(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SharedBatchNorm2d
+
+
+def count_batch(model: nn.Module, counted: bool) -> None:
+    """Says whether this rank's next batch counts in a model's shared batch norms; on one rank at least it must."""
+    for module in model.modules():
+        if isinstance(module, SharedBatchNorm2d):
+            module.counted = counted

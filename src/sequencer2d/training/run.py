@@ -47,7 +47,7 @@ from sequencer2d.training.compilation import check_compiler, compile_regions
 from sequencer2d.training.config import TrainConfig, resolve
 from sequencer2d.training.distillation import Teacher, load_teacher
 from sequencer2d.training.early_stopping import StopWithoutImprovement
-from sequencer2d.training.faults import explained, load_fault
+from sequencer2d.training.faults import TrainingError, explained, load_fault
 from sequencer2d.training.finetune import follow_weights, freeze
 from sequencer2d.training.finetune_config import ProgressiveConfig
 from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
@@ -439,7 +439,7 @@ def _fit(
     folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
     loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint is not None)
     patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
-    checkpoints = Checkpoints(folder, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best)
+    checkpoints = Checkpoints(folder, metrics_file, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best)
     with warnings.catch_warnings(), stop_signals_to(checkpoints.request):
         _ignore_lightning_advice()
         trainer = pl.Trainer(
@@ -508,9 +508,15 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     """Evaluates the best weights once, and writes model file, samples, report and result."""
     path = run.run_dir / "model.safetensors"
     model, card = load_model(path)
-    rows = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
-    validation = next(row for row in reversed(rows) if "valid_acc" in row)
-    run.save_weights(task.evaluated_model, task, validation, which="last", name="last.safetensors")
+    metrics = run.run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    validations = [row for row in rows if "valid_acc" in row]
+    if not validations:
+        raise TrainingError(
+            f"{metrics} has no validation: it was damaged or deleted after the last one; go back to a checkpoint of "
+            f"{run.run_dir / 'checkpoints'} that is ahead of it: sequencer2d train --resume CHECKPOINT"
+        )
+    run.save_weights(task.evaluated_model, task, validations[-1], which="last", name="last.safetensors")
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}

@@ -11,6 +11,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -27,7 +28,7 @@ from sequencer2d.training.finetune import scale_by_layer
 from sequencer2d.training.machine import Precision, fuses_adamw
 from sequencer2d.training.muon import Muon, muon_groups
 from sequencer2d.training.progressive import resized, size_in
-from sequencer2d.training.ranks import Ranks
+from sequencer2d.training.ranks import Ranks, count_batch
 from sequencer2d.training.schedule import Clock, learning_rate
 from sequencer2d.training.sharding import is_to_shard, whole_model, whole_tensor
 
@@ -93,7 +94,11 @@ class SequencerTask(pl.LightningModule):
         """Of the update that is under way."""
         self.seeds: list[tuple[int, ...]] = []
         """Of these batches."""
+        self.buffers_before: list[Tensor] = []
+        """What the model's buffers (statistics of batch norms) were before that update's first batch."""
         self.epochs_done = 0.0
+        self.timed_progress = 0.0
+        """Of a run with a budget of time, at the last change of the weights."""
 
     @property
     def evaluated_model(self) -> Sequencer2D:
@@ -107,9 +112,8 @@ class SequencerTask(pl.LightningModule):
 
     @property
     def progress(self) -> float:
-        """Fraction of the run that is done. Each rank has a clock of its own; the fastest one counts."""
-        progress = self.clock.progress(self.global_step)
-        return progress if self.config.max_minutes is None else self.ranks.highest(progress)
+        """Fraction of the run that is done, by updates or by the clock at the last of them."""
+        return max(min(self.global_step / self.clock.total_updates, 1.0), self.timed_progress)
 
     @property
     def images_per_s(self) -> float:
@@ -151,6 +155,7 @@ class SequencerTask(pl.LightningModule):
 
     def on_nonfinite(self, optimizer: torch.optim.Optimizer, gradient_norm: float) -> None:
         """Skips the update, or ends the run with a diagnosis. What led to it is kept in a file."""
+        self.restore_buffers()
         rate = optimizer.param_groups[0]["lr"]
         loss = float(self.trainer.callback_metrics.get("train_loss", math.nan))
         where = f"update {self.global_step}: loss {loss:.4g}, norm of the gradient {gradient_norm:.4g}"
@@ -178,8 +183,21 @@ class SequencerTask(pl.LightningModule):
             )
         self.nonfinite_updates += 1
         log.warning("skipped %s", where)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Leaves an optimiser nothing to do."""
         for parameter in self.model.parameters():
             parameter.grad = None
+
+    def keep_buffers(self) -> None:
+        """Notes the statistics of batch norms, which every pass over a batch changes."""
+        self.buffers_before = [buffer.clone() for buffer in self.model.buffers()]
+
+    def restore_buffers(self) -> None:
+        """Puts back what the batches of an update that is skipped have made of them: it may be NaN for ever."""
+        for buffer, before in zip(self.model.buffers(), self.buffers_before, strict=True):
+            buffer.copy_(before)
 
     def on_fit_start(self) -> None:
         if self.teacher:
@@ -187,21 +205,30 @@ class SequencerTask(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self.clock.start()
+        self.compare_clocks()
         self.on_train_epoch_start()  # Lightning leaves it out when a run continues inside an epoch
+
+    def compare_clocks(self) -> None:
+        """Each rank has a clock of its own; the fastest one counts. Once per update, since all wait for each other."""
+        if self.config.max_minutes is not None:
+            self.timed_progress = self.ranks.highest(self.clock.progress(self.global_step))
 
     def on_train_epoch_start(self) -> None:
         self.images_seen = 0
         self.epoch_started = time.monotonic()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.note_skipped(batch.skipped)
         num_images = self.ranks.total(len(batch.images))
         if not num_images:
-            return None
+            return zero_loss(self.model)  # the ranks exchange the gradients of this update's other batches all the same
         share = len(batch.images) * self.ranks.world_size / num_images  # the ranks' losses are then averaged
+        count_batch(self.model, bool(len(batch.images)))
         if not len(batch.images):
             batch = blank(self.preprocessing, batch)
         seed, epoch = (self.config.seed, self.current_epoch, batch_idx), self.schedule_epoch
+        if not self.batches:
+            self.keep_buffers()
         self.batches.append(batch)
         self.seeds.append(seed)
         loss = self.loss(batch, seed, epoch)
@@ -227,14 +254,21 @@ class SequencerTask(pl.LightningModule):
         return self.teacher.blend(loss, logits, images, self.preprocessing) if self.teacher else loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.compare_clocks()
         rate = learning_rate(self.progress * self.total_epochs, self.config.epochs, self.config.optim)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.log("learning_rate", rate)
+        if not self.batches:  # not one image could be read: a gradient of 0 would still move the weights
+            self.drop_gradients()
 
     def optimizer_step(self, *arguments: Any, **options: Any) -> None:
         """Updates the weights and their average; before any callback saves a checkpoint of this step."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler else 1.0
         super().optimizer_step(*arguments, **options)
+        if scaler and scaler.get_scale() < scale:  # it tells by this alone that it has skipped the update
+            self.restore_buffers()
         if self.ema:
             self.ema.update(self.model, self.global_step + 1 if self.config.optim.ema_warmup else None)
 
@@ -331,3 +365,10 @@ def blank(preprocessing: Preprocessing, batch: Batch) -> Batch:
     """One black image for a rank that has none: it must take part in the exchange of gradients, with no weight."""
     side, zero = preprocessing.image_size, torch.zeros(1, dtype=torch.int64)
     return Batch(batch.images.new_zeros((1, side, side, 3)), zero, zero, batch.skipped)
+
+
+def zero_loss(model: Sequencer2D) -> Tensor:
+    """A loss of 0 with a gradient of 0 for each weight that is trained, as an exchange of gradients expects it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+    return torch.stack([parameter.sum() for parameter in own]).sum() * 0
