@@ -37,7 +37,7 @@ def test_ours_and_timm_take_turns_and_one_that_fails_is_told(caplog: pytest.LogC
     assert first["speedup"] == [1, 1, 1]
     assert second["reference"] == "timm:fp32"
     assert second["output_error"] < 1e-3
-    assert second["how"] == "ours with PyTorch's LSTMs, fp32; LSTMs in PyTorch"
+    assert second["how"] == "ours with PyTorch's LSTMs, fp32; blocks in PyTorch"
     assert first["environment"]["packages"]["torch"]
     again = Measurement.from_dict(json.loads(json.dumps(second))).to_dict()
     assert again["images_per_s"] == pytest.approx(second["images_per_s"], rel=0.01)
