@@ -63,6 +63,7 @@ static void block_kernels(void* library, int kernel, const char* name) {
     auto* norm_backward =
         symbol<int(int, const NormProblem*, const NormBackwardTensors*)>(library, "sequencer2d_norm_backward");
     auto* gelu = symbol<int(int, int, int, int64_t, const void*, void*, const void*, void*)>(library, "sequencer2d_gelu");
+    auto* weight_gradient = symbol<int(int, const WeightGradient*)>(library, "sequencer2d_weight_gradient");
     const auto floats = [](Memory& memory) { return reinterpret_cast<float*>(memory.bytes.data()); };
     const int64_t shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {2, 150, 16}, {1, 129, 33}, {4, 2, 200}}; // images, tokens, channels
     for (const auto& s : shapes)
@@ -91,6 +92,12 @@ static void block_kernels(void* library, int kernel, const char* name) {
                     Memory after(type, count), hidden(type, count), grad_hidden(type, count);
                     status |= gelu(k, type, 2, count, branch.bytes.data(), after.bytes.data(), nullptr, nullptr);
                     status |= gelu(k, type, 2, count, branch.bytes.data(), hidden.bytes.data(), normed.bytes.data(), grad_hidden.bytes.data());
+                    if (type == kBFloat16) {
+                        Memory product(kFloat32, channels * channels), column(kFloat32, channels);
+                        const WeightGradient gradient{tokens, channels, channels, channels, channels, branch.bytes.data(),
+                                                      normed.bytes.data(), floats(product), floats(column), 2};
+                        weight_gradient(k, &gradient); // kernels that have none say so
+                    }
                     if (status) std::printf("%s: status %d\n", name, status), ++failures;
                     if (first.empty()) first = {sum, normed, only, grad_x, grad_branch, grad_weight, grad_bias, after, grad_hidden};
                     const Memory* ours[] = {&sum, &normed, &only, &grad_x, &grad_branch, &grad_weight, &grad_bias, &after, &grad_hidden};

@@ -61,22 +61,22 @@ def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
         return module(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
         return _Mlp.apply(*(tensor.to(dtype) for tensor in (x, *parameters)))  # type: ignore[return-value]
-    hidden = matmul.linear(x.detach().to(dtype), *weights.cast(module.fc1, dtype))
+    hidden = matmul.linear(x.detach().to(dtype), *weights.ready(module.fc1, dtype))
     kernel().gelu(hidden, hidden)
-    return matmul.linear(hidden, *weights.cast(module.fc2, dtype))
+    return matmul.linear(hidden, *weights.ready(module.fc2, dtype))
 
 
 def _is_plain_mlp(module: Any, x: Tensor, backend: str) -> bool:
     return (
         ready(backend)
         and type(module) is Mlp
-        and is_unobserved(*module.modules())
+        and is_unobserved(module, module.fc1, module.act, module.drop1, module.norm, module.fc2, module.drop2)
         and all(type(linear) is nn.Linear and linear.bias is not None for linear in (module.fc1, module.fc2))
         and type(module.act) is nn.GELU
         and module.act.approximate == "none"
         and type(module.norm) is nn.Identity
         and not (module.training and (module.drop1.p or module.drop2.p))
-        and is_plain(x, *module.parameters())
+        and is_plain(x, module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)  # type: ignore[arg-type]
     )
 
 
@@ -92,7 +92,7 @@ def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
         and module.weight.dtype == module.bias.dtype
         and (module.weight.dtype, _dtype(x)) in _TYPES
     ):
-        return matmul.linear(x.detach().to(_dtype(x)), *weights.cast(module, _dtype(x)))
+        return matmul.linear(x.detach().to(_dtype(x)), *weights.ready(module, _dtype(x)))
     return module(x)
 
 
@@ -170,10 +170,10 @@ class _Mlp(torch.autograd.Function):
         grad_hidden = matmul.linear(grad, w2.t())
         hidden, grad_before = torch.empty_like(grad_hidden), torch.empty_like(grad_hidden)
         kernel().gelu(before, hidden, grad_hidden, grad_before)
-        return (
-            matmul.linear(grad_before, w1.t()).reshape(x.shape) if wants_x else None,
-            grad_before.t() @ x.reshape(-1, x.shape[-1]) if wants_w1 else None,
-            grad_before.sum(0) if wants_b1 else None,
-            grad.t() @ hidden if wants_w2 else None,
-            grad.sum(0) if wants_b2 else None,
-        )
+        grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
+        if wants_w1 or wants_b1:
+            grad_w1, grad_b1 = matmul.weight_gradient(grad_before, x.reshape(-1, x.shape[-1]))
+        if wants_w2 or wants_b2:
+            grad_w2, grad_b2 = matmul.weight_gradient(grad, hidden)
+        grad_x = matmul.linear(grad_before, w1.t()).reshape(x.shape) if wants_x else None
+        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2

@@ -84,7 +84,7 @@ def serves(backend: str, x: Tensor | Proxy, *rnns: nn.Module) -> bool:
 
 def ready(backend: str) -> bool:
     """Whether kernels that no compiler, tracer or transform knows may run: in eager execution, where they are there."""
-    if backend == "torch" or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if backend == "torch" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return peek_interpreter_stack() is None and not _missing()
 
@@ -93,15 +93,18 @@ def is_plain(*tensors: Tensor | Proxy) -> bool:
     """Tensors of which pointers may be taken, and nobody who wants to see the operations, such as a counter."""
     if _get_current_dispatch_mode() is not None:
         return False
-    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - all(…) takes as long as a small kernel
+        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_cpu:
+            return False
+    return True
 
 
 def is_unobserved(*modules: nn.Module) -> bool:
     """Whether nobody has hooks on these modules, which would not be called if kernels took their place."""
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )
+    for module in modules:
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return True
 
 
 @torch.compiler.assume_constant_result

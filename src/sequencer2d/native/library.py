@@ -14,6 +14,9 @@ PATH = Path(__file__).with_name("_kernels.so")
 VARIABLE = "SEQUENCER2D_KERNEL"
 """Environment variable that names the kernel to use instead of the fastest: portable, avx2, avx512 or avx512_bf16."""
 
+WEIGHT_GRADIENTS = ("avx512_bf16",)
+"""Kernels that make the gradients of weights faster than libraries do."""
+
 _ABI = 3
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -61,6 +64,14 @@ class _NormBackwardTensors(ctypes.Structure):
             *("sum", "statistics", "weight", "scale", "grad_normed", "grad_sum"),
             *("grad_x", "grad_branch", "grad_weight", "grad_bias"),
         )
+    ]
+
+
+class _WeightGradient(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "grad_stride", "x_stride")),
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "weight", "bias")),
+        ("threads", ctypes.c_int32),
     ]
 
 
@@ -152,6 +163,15 @@ class Kernel:
         pointers = map(_pointer, (x, y, grad_y, grad_x))
         sizes = (_TYPES[x.dtype], torch.get_num_threads(), x.numel())
         check_status(self.library.sequencer2d_gelu(self.number, *sizes, *pointers))
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Fills `weight` and `bias` (fp32) from `[N, outputs]` and `[N, inputs]` in bf16, each row contiguous.
+
+        Only of kernels named in `WEIGHT_GRADIENTS`.
+        """
+        sizes = (*grad.shape, x.shape[1], grad.stride(0), x.stride(0))
+        tensors = _WeightGradient(*sizes, *map(_pointer, (grad, x, weight, bias)), torch.get_num_threads())
+        check_status(self.library.sequencer2d_weight_gradient(self.number, ctypes.byref(tensors)))
 
 
 def _problem(shape: Shape, dtype: torch.dtype) -> _Problem:

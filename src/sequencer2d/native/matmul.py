@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sequencer2d.native.library import WEIGHT_GRADIENTS, kernel
+
 
 @cache
 def _has_onednn(dtype: torch.dtype) -> bool:
@@ -19,15 +21,38 @@ def _has_onednn(dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.bfloat16 and not operations._is_mkldnn_bf16_supported():
         return False
+    one = torch.ones(1, 1, dtype=dtype)
     try:
-        operations._linear_pointwise(torch.ones(1, 1, dtype=dtype), torch.ones(1, 1, dtype=dtype), None, "none", [], "")
+        operations._linear_pointwise(one, operations._reorder_linear_weight(one), None, "none", [], "")
     except RuntimeError:  # other arguments in this version, or built without it
         return False
     return True
 
 
+def reordered(weight: Tensor) -> Tensor:
+    """A weight `[outputs, inputs]` as oneDNN would bring it into order at every call of `linear`; opaque to others."""
+    if torch.backends.mkldnn.enabled and _has_onednn(weight.dtype):
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return weight
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` without gradients, of contiguous `x` and any layout of `weight`, all of one dtype on the CPU."""
-    if torch.backends.mkldnn.enabled and x.numel() and _has_onednn(x.dtype):
+    """`F.linear` without gradients, all of one dtype on the CPU; `weight` as it is, transposed, or `reordered`."""
+    if weight.is_mkldnn or (torch.backends.mkldnn.enabled and x.numel() and _has_onednn(x.dtype)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def weight_gradient(grad: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a linear layer's weight and bias, from its output's `[N, outputs]` and its input `[N, inputs]`.
+
+    In bf16 by our kernel where that is faster: for layers that widen, on few threads.
+    """
+    ours, (outputs, inputs) = kernel(), (grad.shape[1], x.shape[1])
+    widens = outputs >= max(2 * inputs, 24 * torch.get_num_threads()) and inputs <= 256
+    if not (widens and x.dtype == torch.bfloat16 and ours.name in WEIGHT_GRADIENTS):
+        return grad.t() @ x, grad.sum(0) if bias else None
+    weight = x.new_empty(outputs, inputs, dtype=torch.float32)
+    of_bias = x.new_empty(outputs, dtype=torch.float32) if bias else None
+    ours.weight_gradient(grad, x, weight, of_bias)
+    return weight.to(x.dtype), None if of_bias is None else of_bias.to(x.dtype)

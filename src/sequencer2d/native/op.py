@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sequencer2d.native.library import Shape, kernel
-from sequencer2d.native.matmul import linear
+from sequencer2d.native.matmul import linear, weight_gradient
 
 
 def shape_of(x: Tensor, directions: int, hidden: int, vertical: int) -> Shape:
@@ -104,10 +104,10 @@ def bilstm2d_backward(
     grad_bias = x.new_empty(w_ih.shape[0], dtype=torch.float32)
     kernel().backward(shape, packed, gates, cells, y, grad_y.contiguous(), grad_gates, previous, grad_bias)
     by_direction = zip(previous, grad_gates.chunk(shape.directions, dim=1), strict=True)
-    grad_w_hh = [(hidden.t() @ of_gates).t() for hidden, of_gates in by_direction]  # faster than the other way round
+    grad_w_hh = [weight_gradient(of_gates, hidden, bias=False)[0] for hidden, of_gates in by_direction]
     return (
         linear(grad_gates, w_ih.t()).reshape(x.shape),
-        grad_gates.t() @ x.reshape(-1, x.shape[3]),
+        weight_gradient(grad_gates, x.reshape(-1, x.shape[3]), bias=False)[0],
         torch.stack(grad_w_hh),
         grad_bias.to(w_ih.dtype),
     )

@@ -11,11 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from sequencer2d.native import matmul
 from sequencer2d.native.library import Kernel, Shape
 
 T = TypeVar("T")
 _NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-_SAMPLES = 32  # values of each parameter that are compared, or a few more
+_SAMPLES = 4  # values of each parameter that are compared, or a few more; each may be far from the others in memory
 
 
 def parameters(rnn: nn.LSTM) -> list[tuple[Tensor, ...]]:
@@ -51,19 +52,17 @@ def packed(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: S
     return _kept(rnns[0], tensors, key, lambda: _pack(rnns, dtype, kernel, shape))
 
 
-def cast(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear layer in another precision, for a call without gradients."""
-    weight, bias = linear.weight.detach(), linear.bias.detach()
-    if weight.dtype == bias.dtype == dtype:
-        return weight, bias
-    return _kept(linear, [weight, bias], (dtype,), lambda: (weight.to(dtype), bias.to(dtype)))
+def ready(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer as `matmul.linear` likes them best, for a call without gradients."""
+    weight, bias = linear.weight, linear.bias
+    return _kept(linear, [weight, bias], (dtype,), lambda: (matmul.reordered(weight.to(dtype)), bias.to(dtype)))
 
 
 @dataclass(frozen=True)
 class _Entry:
     key: tuple[object, ...]
+    views: list[Tensor]  # of some values; they keep the memory alive, so that no other weights can come to lie there
     samples: Tensor
-    storages: list[Tensor]  # kept alive, so that no other weights can come to lie at the same addresses
     made: Any
 
 
@@ -78,22 +77,25 @@ def _kept(module: nn.Module, tensors: Sequence[Tensor], key: tuple[object, ...],
     neither copies nor state dicts nor pickles see it.
     """
     if any(tensor.is_inference() for tensor in tensors):  # these have no version
-        return make()
-    key = (*key, *((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors))
-    samples = torch.cat([_sample(tensor) for tensor in tensors])
-    entry = _cache.get(module)
-    if entry is None or entry.key != key or not torch.equal(entry.samples, samples):
         with torch.no_grad():
-            entry = _Entry(key, samples, [tensor.detach() for tensor in tensors], make())
+            return make()
+    key = (*key, *((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.stride()) for tensor in tensors))
+    entry = _cache.get(module)
+    if entry is None or entry.key != key or not torch.equal(entry.samples, torch.cat(entry.views)):
+        with torch.no_grad():
+            views = [_sample(tensor) for tensor in tensors]
+            entry = _Entry(key, views, torch.cat(views), make())
         _cache[module] = entry
     return entry.made
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)]
+    """A view of some values, which are those of the tensor as long as it lies where it does."""
+    values = tensor.detach()
+    values = values.view(-1) if values.is_contiguous() else values.select(-1, 0)
+    return values[:: max(1, len(values) // _SAMPLES)]
 
 
 def _pack(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
     w_ih, w_hh, bias = gather(rnns, dtype)
-    return Packed(w_ih, kernel.pack(shape, w_hh, backward=False), bias)
+    return Packed(matmul.reordered(w_ih), kernel.pack(shape, w_hh, backward=False), bias)

@@ -111,6 +111,17 @@ struct Int8Finish {
     Int8Linear fc2;
 };
 
+// Of a linear layer: weight = grad^T x and bias = sum of grad, over the tokens.
+struct WeightGradient {
+    int64_t tokens, outputs, inputs;
+    int64_t grad_stride, x_stride; // values from one token to the next
+    const void* grad;              // [N, outputs] bfloat16
+    const void* x;                 // [N, inputs] bfloat16
+    float* weight;                 // [outputs, inputs], out
+    float* bias;                   // [outputs], out; or null
+    int32_t threads;               // at most so many
+};
+
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
@@ -127,4 +138,5 @@ struct Kernel {
     void (*pack_int8)(int64_t inputs, int64_t outputs, const int8_t* weights, int8_t* packed); // [outputs, inputs]
     int (*project)(const Int8Project&);
     int (*finish)(const Int8Finish&);
+    int (*weight_gradient)(const WeightGradient&); // null where a library does it better
 };

@@ -102,3 +102,8 @@ EXPORT int sequencer2d_int8_project(int kernel, const Int8Project* tensors) {
 EXPORT int sequencer2d_int8_finish(int kernel, const Int8Finish* tensors) {
     return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->finish(*tensors) : kNoSuchKernel;
 }
+
+EXPORT int sequencer2d_weight_gradient(int kernel, const WeightGradient* tensors) {
+    if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->weight_gradient) return kNoSuchKernel;
+    return kernels[kernel]->weight_gradient(*tensors);
+}

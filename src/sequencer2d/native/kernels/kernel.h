@@ -7,6 +7,9 @@
 #include "gelu.h"
 #include "int8.h"
 #include "norm.h"
+#ifdef __AVX512BF16__
+#include "weight_gradient.h"
+#endif
 
 namespace {
 
@@ -77,6 +80,11 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
         pack_int8,
         project,
         finish,
+#ifdef __AVX512BF16__
+        weight_gradient,
+#else
+        nullptr,
+#endif
     };
 }
 
