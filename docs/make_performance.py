@@ -18,6 +18,7 @@ from sequencer2d.benchmarking.processes import Entry
 from sequencer2d.benchmarking.workload import Allocator, Workload
 from sequencer2d.cores import num_cores
 from sequencer2d.files import write_atomic
+from sequencer2d.training.machine import describe_machine
 
 DOCS = Path(__file__).parent
 COMMAND = "python docs/make_performance.py"
@@ -245,6 +246,7 @@ TARGETS = [
 
 def measure_all(names: Sequence[str], rounds: int | None) -> None:
     """Measures comparisons and saves what each allocator setting gave at once, in the place of what was there of it."""
+    commit = describe_machine()["commit"]  # before what is saved changes the checkout
     for name in names:
         comparison = COMPARISONS[name]
         for allocator in comparison.allocators:
@@ -254,7 +256,7 @@ def measure_all(names: Sequence[str], rounds: int | None) -> None:
             ]
             new = records(measure(entries, rounds or comparison.rounds))
             for record in new:
-                record["environment"]["command"] = COMMAND
+                record["environment"] |= {"command": COMMAND, "commit": commit}
             found = load()
             others = [record for record in found.get(name, []) if record["allocator"] != allocator]
             save(found | {name: sorted([*others, *new], key=lambda record: ALLOCATORS.index(record["allocator"]))})
