@@ -77,7 +77,7 @@ COMPARISONS = {
     "latency": Comparison(
         title="Latency of S, 224², batch 1",
         entries=all_of(INFERRERS, work("infer", 1)),
-        rounds=100,  # for the 99th percentile
+        rounds=36,  # of a few steps each: the 99th percentile needs a hundred
         allocators=("tuned",),
     ),
     "growth-train": Comparison(

@@ -64,11 +64,10 @@ def take_turns(entries: Sequence[Entry], rounds: int) -> list[Answers]:
     """
     processes: list[_Process] = []
     try:
-        log.info("%d processes start: %s", len(entries), "; ".join(map(str, entries)))
+        log.info("%d processes start, one after the other: %s", len(entries), "; ".join(map(str, entries)))
         for entry in entries:
             processes.append(_Process(entry))
-        for process in processes:
-            process.start_up()
+            processes[-1].start_up()  # one after the other: several at once would wait for each other's threads
         for number in range(rounds):
             first = number % len(processes)
             for process in processes[first:] + processes[:first]:
