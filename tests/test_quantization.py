@@ -3,6 +3,7 @@
 import copy
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from sequencer2d import quantization
 from sequencer2d.layers import MIXERS
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.native import available, library
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.quantization import Range, quantize
+from sequencer2d.weights import ModelCard, save_model
 
 pytestmark = pytest.mark.skipif(not available(), reason="the package was installed without kernels")
 
@@ -225,3 +228,13 @@ def test_another_kernel_later_is_no_trouble(config: SequencerConfig, monkeypatch
         torch.testing.assert_close(quantized(images), expected, rtol=0.02, atol=0.05)
     monkeypatch.undo()
     library.kernel.cache_clear()
+
+
+def test_a_quantised_model_is_no_model_file(config: SequencerConfig, tmp_path: Path) -> None:
+    quantized = quantize(trained_like(config), torch.randn(4, 3, 16, 16))
+    card = ModelCard(
+        architecture="", config=config, class_names=tuple("abcdefg"), preprocessing=Preprocessing(image_size=16)
+    )
+    with pytest.raises(ValueError, match="save the model that it was made from"):
+        save_model(quantized, card, tmp_path / "model.safetensors")
+    assert not [*tmp_path.iterdir()]

@@ -142,7 +142,7 @@ def test_checkpointing_changes_nothing_but_memory() -> None:
     logits_2, gradients_2, kept_2 = run()
     assert torch.equal(logits, logits_2)
     torch.testing.assert_close(gradients_2, gradients, rtol=1e-5, atol=1e-6)
-    assert kept_2 < 0.35 * kept
+    assert kept_2 < 0.5 * kept  # the last block of three keeps all
     model.set_grad_checkpointing(False)
     assert run()[2] == kept
 

@@ -131,7 +131,7 @@ class Stage(nn.Module):
         """`[B, H, W, C]` to `[B, h, w, D]`."""
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+            return checkpoint_seq(self.blocks, x, skip_last=True)  # its gradient comes at once
         return self.blocks(x)
 
 
@@ -330,7 +330,7 @@ class Sequencer2D(nn.Module):
         return {"pos_embed.weight"} if self.config.pos_embed_size else set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the inputs of the blocks in training and compute the rest again for the gradient."""
+        """Keep only the inputs of blocks in training and compute the rest again; the last of a stage keeps all."""
         for stage in self.stages:
             assert isinstance(stage, Stage)
             stage.grad_checkpointing = enable

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.data import ImageNetInfo
@@ -69,12 +70,20 @@ def save_model(model: Sequencer2D, card: ModelCard, path: str | Path) -> None:
     """Writes weights and card to one file, atomically.
 
     Raises:
-        ValueError: The card describes another architecture than the model's.
+        ValueError: The card describes another architecture than the model's, or the model has been changed since it
+            was made, as by `quantize`.
         OSError: The folder is missing or read-only, or the disk is full; an older file of that name stays whole.
     """
     if card.config != model.config:
         raise ValueError("the card describes another architecture than the model has; give it config=model.config")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        names = Sequencer2D(model.config).state_dict().keys()
+    if tensors.keys() != names:
+        raise ValueError(
+            f"the model has not the weights of its architecture (such as {min(tensors.keys() ^ names)}); "
+            "save the model that it was made from, before quantize or other changes"
+        )
     write_atomic(Path(path), save(tensors, metadata=card.to_metadata()))
 
 

@@ -1,0 +1,133 @@
+"""Where the time of a step goes on this CPU, beside what its arithmetic alone would take; writes docs/profile.md.
+
+`python docs/make_profile.py`: S at 224², about a minute on two idle cores, with the allocator that `train` sets.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sequencer2d.files import write_atomic
+from sequencer2d.training.machine import describe_machine, tune_allocator
+
+tune_allocator()  # before PyTorch has memory
+
+import torch  # noqa: E402
+from torch.profiler import profile, record_function  # noqa: E402
+
+from sequencer2d.flops import costs  # noqa: E402
+from sequencer2d.native import library  # noqa: E402
+from sequencer2d.zoo import create_model, get_config  # noqa: E402
+
+MODEL, SIDE = "sequencer2d_s", 224
+STEPS = 5
+WORK = (("train", "bf16", 8), ("train", "fp32", 8), ("infer", "bf16", 8), ("infer", "fp32", 8), ("infer", "fp32", 1))
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "kernel weight_gradient"),
+    "recurrence": ("kernel forward", "kernel backward"),
+    "norms, residual sums": ("kernel norm_forward", "kernel norm_backward", "aten::add", "aten::add_"),
+    "GELU": ("kernel gelu",),
+    "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward", "aten::_slow_conv2d_forward"),
+    "copies, casts": ("aten::copy_", "aten::cat", "aten::sum"),
+    "optimiser": ("aten::_fused_adamw_",),
+}
+
+
+def name_kernels() -> None:
+    """Lets the profiler see the calls of our kernels."""
+    for name in ("forward", "backward", "norm_forward", "norm_backward", "gelu", "weight_gradient"):
+        setattr(library.Kernel, name, _recorded(getattr(library.Kernel, name), f"kernel {name}"))
+
+
+def _recorded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        with record_function(name):
+            return function(*arguments, **options)
+
+    return run
+
+
+def make_step(mode: str, precision: str, batch_size: int) -> Callable[[], object]:
+    """As `sequencer2d benchmark` has it."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    net = create_model(MODEL)
+    images, labels = torch.randn(batch_size, 3, SIDE, SIDE), torch.randint(1000, (batch_size,))
+    if mode == "infer":
+        net.eval().requires_grad_(False).to(dtype)
+        images = images.to(dtype)
+        return lambda: net(images)
+    net.train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = torch.nn.functional.cross_entropy(net(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return train
+
+
+def peak(precision: str) -> float:
+    """Multiply-accumulates per second of one large matrix product."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    side = 2048
+    x, w = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+    return side**3 / median_seconds(lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""), 10)
+
+
+def median_seconds(step: Callable[[], object], count: int) -> float:
+    for _ in range(2):
+        step()
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def measure(mode: str, precision: str, batch_size: int) -> list[str]:
+    """A row of the table."""
+    step = make_step(mode, precision, batch_size)
+    total = median_seconds(step, STEPS) * 1e3
+    with profile() as found:
+        for _ in range(STEPS):
+            step()
+    own = {event.key: event.self_cpu_time_total / 1e3 / STEPS for event in found.key_averages()}
+    parts = {kind: sum(own.get(name, 0.0) for name in names) for kind, names in KINDS.items()}
+    macs = costs(get_config(MODEL), SIDE).macs * batch_size * (3 if mode == "train" else 1)
+    limit = macs / peak(precision) * 1e3
+    cells = [f"{parts[kind]:,.0f}" for kind in KINDS]
+    rest = total - sum(parts.values())
+    return [f"{mode}, {precision}, batch {batch_size}", f"{total:,.0f}", f"{limit:,.0f}", *cells, f"{rest:,.0f}"]
+
+
+def main() -> None:
+    torch.set_flush_denormal(True)
+    name_kernels()
+    rows = [measure(*work) for work in WORK]
+    head = ["S at 224²", "step", "arithmetic limit", *KINDS, "rest"]
+    machine = describe_machine()
+    lines = [
+        "# Where the time of a step goes",
+        "",
+        "By `python docs/make_profile.py`, in milliseconds: the median of the step, and PyTorch's profiler.",
+        "The *arithmetic limit* is all multiply-accumulates at the rate of one 2048³ product in that precision.",
+        "The rest is Python, autograd, and what the profiler and the clock see differently.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| {' | '.join(['---'] * len(head))} |",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"Commit {machine['commit']}, {machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, "
+        f"torch {machine['packages']['torch']}.",
+    ]
+    write_atomic(Path(__file__).with_name("profile.md"), "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
