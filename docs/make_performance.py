@@ -433,7 +433,7 @@ def draw(found: Found, path: Path) -> None:
             axes.set_yticks(range(len(contenders)), contenders)
             axes.invert_yaxis()
             axes.axvline(1, color="#44546a", linewidth=0.8)
-            axes.legend(frameon=False, loc="lower right")
+            axes.legend(frameon=False, loc="upper right")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 
