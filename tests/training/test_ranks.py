@@ -280,6 +280,7 @@ count_batch(norm, counted or rank == 0)
 gradients = norm[0].weight.grad.clone()
 distributed.all_reduce(gradients)
 torch.save([x.grad, gradients, norm.state_dict()], f"{sys.argv[2]}/{rank}.pt")
+distributed.destroy_process_group()  # else gloo's threads may still run when the other has gone
 """
 
 
