@@ -1,9 +1,9 @@
-"""The LSTMs of Sequencer on the CPU, in kernels of our own: all directions of a layer at once, fp32 and bf16.
+"""The blocks of Sequencer on the CPU, in kernels of our own: all LSTMs of a layer at once, and what stands around them.
 
 Where the package was installed without them, or a tensor is none of theirs, PyTorch's `nn.LSTM` computes the same.
-Modules: `library` finds the kernels, `op` makes them an operation of PyTorch, `weights` brings an LSTM's parameters
-into the order that they want, `layer` is what the model calls, `block` what
-stands around it, `choice` decides when; `kernels/` is the C++.
+Modules: `library` finds the kernels, `op` makes them an operation of PyTorch, `weights` brings parameters into the
+order that they want, `layer` and `block` are what the model calls, `matmul` its products, `int8` the quantised model's
+layers, `choice` decides when; `kernels/` is the C++.
 """
 
 from sequencer2d.native.block import linear, mlp, residual_norm

@@ -1,7 +1,7 @@
 """What stands around the LSTMs in a block, in few passes over the tokens: residual sum with layer norm, and the MLP.
 
-Shapes: `N` tokens `[B, H, W]`, `C` channels. Under autocast the residual stream stays fp32 and what leaves a norm is in
-autocast's precision, so no casts are left. For eager execution on the CPU; everybody else gets PyTorch's own layers,
+Shapes: `N` tokens `[B, H, W]`, `C` channels. What leaves a norm is in autocast's precision, whatever that of the
+residual stream, so no casts are left. For eager execution on the CPU; everybody else gets PyTorch's own layers,
 and compilers fuse those themselves.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sequencer2d.native import matmul, weights
-from sequencer2d.native.choice import is_plain, is_unobserved, ready
+from sequencer2d.native.choice import computing_dtype, is_plain, is_unobserved, ready
 from sequencer2d.native.library import kernel
 
 
@@ -30,7 +30,7 @@ def residual_norm(
         backend: As of the model; `torch` calls the modules as they are.
     """
     tensors = [x] if branch is None else [x, branch]
-    dtype = _dtype(x)
+    dtype = computing_dtype(x)
     if not (
         ready(backend)
         and is_unobserved(norm, drop_path)
@@ -55,7 +55,7 @@ def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     """timm's `Mlp` of `[B, H, W, C]`, whose hidden activations are not kept for the gradient but computed again."""
     if not _is_plain_mlp(module, x, backend):
         return module(x)
-    dtype = _dtype(x)
+    dtype = computing_dtype(x)
     parameters = (module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)
     if dtype not in (torch.float32, torch.bfloat16) or any(p.dtype not in (dtype, torch.float32) for p in parameters):
         return module(x)
@@ -82,6 +82,7 @@ def _is_plain_mlp(module: Any, x: Tensor, backend: str) -> bool:
 
 def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
     """A linear layer; where nothing is trained, its weights in autocast's precision are kept between calls."""
+    dtype = computing_dtype(x)
     if (
         ready(backend)
         and type(module) is nn.Linear
@@ -90,9 +91,9 @@ def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
         and is_plain(x, module.weight, module.bias)
         and not (torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad))
         and module.weight.dtype == module.bias.dtype
-        and (module.weight.dtype, _dtype(x)) in _TYPES
+        and (module.weight.dtype, dtype) in _TYPES
     ):
-        return matmul.linear(x.detach().to(_dtype(x)), *weights.ready(module, _dtype(x)))
+        return matmul.linear(x.detach().to(dtype), *weights.ready(module, dtype))
     return module(x)
 
 
@@ -102,10 +103,6 @@ _TYPES = {
     (torch.bfloat16, torch.bfloat16),
 }
 """What is stored, and what is computed in."""
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class _ResidualNorm(torch.autograd.Function):

@@ -89,6 +89,11 @@ def ready(backend: str) -> bool:
     return peek_interpreter_stack() is None and not _missing()
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What is computed in: autocast's precision, else that of the input."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
 def is_plain(*tensors: Tensor | Proxy) -> bool:
     """Tensors of which pointers may be taken, and nobody who wants to see the operations, such as a counter."""
     if _get_current_dispatch_mode() is not None:

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sequencer2d.native import op, weights
-from sequencer2d.native.choice import is_plain
+from sequencer2d.native.choice import computing_dtype, is_plain
 from sequencer2d.native.library import kernel
 
 
@@ -33,7 +33,7 @@ def bilstm2d(
     rnns = [rnn for rnn in (rnn_v, rnn_h) if isinstance(rnn, nn.LSTM)]
     if len(rnns) != (rnn_v is not None) + (rnn_h is not None) or not rnns:
         raise TypeError(f"the kernels are for nn.LSTM, not {type(rnn_v).__name__} and {type(rnn_h).__name__}")
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    dtype = computing_dtype(x)
     vertical = 0 if rnn_v is None else 1 + rnn_v.bidirectional
     tensors = [x, *(tensor for rnn in rnns for group in weights.parameters(rnn) for tensor in group)]
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
