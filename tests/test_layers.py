@@ -216,7 +216,7 @@ def test_padding_is_the_least_that_divides_and_lies_below_and_to_the_right(
 
 @pytest.mark.parametrize(
     "layer",
-    [PatchEmbed(3, 4, patch_size=4), ConvPatchEmbed(3, (4, 4)).eval()],
+    [PatchEmbed(3, 4, patch_size=4), ConvPatchEmbed(3, (4, 4), 4).eval()],
     ids=["plain", "convolutional"],
 )
 def test_patch_embedding_of_any_size_is_that_of_the_padded_image(layer: nn.Module) -> None:
@@ -233,11 +233,16 @@ def test_downsampling_of_an_odd_grid_is_that_of_the_padded_grid() -> None:
     assert torch.equal(layer(x), layer(F.pad(x, (0, 0, 0, 1, 0, 1))))
 
 
-def test_convolutional_stem_halves_once_per_width() -> None:
-    assert ConvPatchEmbed(1, (2, 4, 8))(torch.randn(1, 1, 32, 48)).shape == (1, 4, 6, 8)
+@pytest.mark.parametrize(("embed_dim", "convolutions"), [(8, 3), (6, 4)])
+def test_convolutional_stem_halves_once_per_width_and_ends_at_the_width_of_the_first_stage(
+    embed_dim: int, convolutions: int
+) -> None:
+    stem = ConvPatchEmbed(1, (2, 4, 8), embed_dim)
+    assert stem(torch.randn(1, 1, 32, 48)).shape == (1, 4, 6, embed_dim)
+    assert sum(isinstance(module, nn.Conv2d) for module in stem.modules()) == convolutions
 
 
-@pytest.mark.parametrize("stem", [PatchEmbed(3, 8, 2), ConvPatchEmbed(3, (4, 8)), PatchEmbed(1, 8, 3)])
+@pytest.mark.parametrize("stem", [PatchEmbed(3, 8, 2), ConvPatchEmbed(3, (4, 8), 8), ConvPatchEmbed(3, (4, 6), 8), PatchEmbed(1, 8, 3)])
 def test_the_stem_lays_the_channels_of_a_token_side_by_side(stem):
     channels = next(stem.parameters()).shape[1]
     tokens = stem(torch.randn(2, channels, 16, 16))

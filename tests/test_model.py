@@ -204,7 +204,6 @@ def test_without_classes_the_model_returns_the_pooled_features(tiny_config: Sequ
         ("proj_drop_rate", -0.1),
         ("drop_path_rate", math.nan),
         ("stem_widths", (4, 8)),
-        ("stem_widths", (4,)),
         ("stem_widths", (0,)),
         ("mixer", "Attention"),
         ("global_pool", ""),

@@ -70,6 +70,10 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
             # The step's input, and what goes into its norm and comes out.
             peak = max(peak, height * width * (channels + 2 * dim))
             height, width, channels = height // 2, width // 2, dim
+        if channels != (dim := config.embed_dims[0]):
+            macs += height * width * (9 * channels * dim + _BATCH_NORM * dim)
+            kept += height * width * dim * 3
+            peak = max(peak, height * width * (channels + 2 * dim))
     else:
         patch = config.patch_sizes[0]
         height, width = -(-height // patch), -(-width // patch)

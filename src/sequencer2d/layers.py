@@ -286,22 +286,28 @@ class PatchEmbed(nn.Module):
 class ConvPatchEmbed(nn.Module):
     """Overlapping patches for small images: 3×3 convolutions, each followed by a halving, instead of one cut.
 
-    Every step is convolution, batch norm, GELU and 2×2 max pooling; the patch size is thus `2 ** len(widths)`.
+    Every step is convolution, batch norm, GELU and 2×2 max pooling; the patch size is thus `2 ** len(widths)`. Where the
+    last width is not `embed_dim`, one more convolution with its norm and GELU leads there, on the small grid.
     After the convolutional tokenizers of Xiao et al. 2021 and Hassani et al. 2021 (CCT).
     """
 
-    def __init__(self, in_chans: int, widths: tuple[int, ...]) -> None:
+    def __init__(self, in_chans: int, widths: tuple[int, ...], embed_dim: int) -> None:
         super().__init__()
         self.patch_size = 2 ** len(widths)
         self.steps = nn.Sequential()
         for before, after in zip((in_chans, *widths), widths, strict=False):
-            conv = nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
-            self.steps.append(nn.Sequential(conv, nn.BatchNorm2d(after), nn.GELU(), nn.MaxPool2d(2)))
+            self.steps.append(nn.Sequential(*_convolution(before, after), nn.MaxPool2d(2)))
+        lacking = widths[-1] != embed_dim
+        self.proj = nn.Sequential(*_convolution(widths[-1], embed_dim)) if lacking else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, h, w, D]`."""
-        tokens = self.steps(channels_last(pad_to_multiple(image, self.patch_size)))
+        tokens = self.proj(self.steps(channels_last(pad_to_multiple(image, self.patch_size))))
         return tokens.permute(0, 2, 3, 1).contiguous()
+
+
+def _convolution(before: int, after: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
 
 
 class Downsample2D(nn.Module):

@@ -44,7 +44,8 @@ class SequencerConfig:
     mlp_ratios: tuple[float, ...]
     """Width of the MLP relative to the stage's channels."""
     stem_widths: tuple[int, ...] = ()
-    """Channels of an overlapping convolutional stem, one per halving; empty: plain patches as in the paper."""
+    """Channels of an overlapping convolutional stem, one per halving; empty: plain patches as in the paper. One more
+    convolution leads from the last of them to `embed_dims[0]` where these differ."""
     mixer: str = "BiLSTM2D"
     """What mixes the tokens: a name of `layers.MIXERS`."""
     shuffle: bool = False
@@ -94,8 +95,6 @@ class SequencerConfig:
                 f"stem_widths={self.stem_widths} halves {len(self.stem_widths)} times, "
                 f"so patch_sizes[0] must be {2 ** len(self.stem_widths)}, not {self.patch_sizes[0]}"
             )
-        if self.stem_widths and self.stem_widths[-1] != self.embed_dims[0]:
-            raise ValueError(f"stem_widths={self.stem_widths} must end in embed_dims[0]={self.embed_dims[0]}")
 
 
 def _plain(name: str, kind: Any, value: Any) -> Any:
@@ -165,7 +164,7 @@ class Sequencer2D(nn.Module):
             )
         ]
         if config.stem_widths:
-            self.stem = ConvPatchEmbed(config.in_chans, config.stem_widths)
+            self.stem = ConvPatchEmbed(config.in_chans, config.stem_widths, config.embed_dims[0])
         else:
             self.stem = PatchEmbed(config.in_chans, config.embed_dims[0], config.patch_sizes[0])
         height_width = config.pos_embed_size
