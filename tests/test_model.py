@@ -205,6 +205,7 @@ def test_without_classes_the_model_returns_the_pooled_features(tiny_config: Sequ
         ("drop_path_rate", math.nan),
         ("stem_widths", (4, 8)),
         ("stem_widths", (0,)),
+        ("stem_depths", (1,)),
         ("mixer", "Attention"),
         ("global_pool", ""),
         ("pos_embed_size", (4,)),
