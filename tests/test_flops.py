@@ -65,9 +65,17 @@ def test_macs_are_those_counted_over_a_written_out_loop(mixer: str, size: tuple[
     assert costs(model.config, size).macs == counted_macs(model, torch.zeros(1, 3, *size))
 
 
+STEMS = {
+    "halvings only": {"stem_widths": (8, 16)},
+    "with a projection": {"stem_widths": (8, 12)},
+    "with residuals": {"stem_widths": (8, 12), "stem_depths": (2, 3)},
+}
+
+
+@pytest.mark.parametrize("stem", STEMS.values(), ids=STEMS)
 @pytest.mark.parametrize("size", [(16, 16), (19, 34)])
-def test_macs_of_a_convolutional_stem(size: tuple[int, int]) -> None:
-    model = Sequencer2D(config_for("BiLSTM2D", stem_widths=(8, 16), in_chans=1)).eval()
+def test_macs_of_a_convolutional_stem(size: tuple[int, int], stem: dict[str, Any]) -> None:
+    model = Sequencer2D(config_for("BiLSTM2D", **stem, in_chans=1)).eval()
     assert costs(model.config, size).macs == counted_macs(model, torch.zeros(1, 1, *size))
 
 

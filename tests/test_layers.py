@@ -19,6 +19,7 @@ from sequencer2d.layers import (
     HorizontalBiLSTM,
     PatchEmbed,
     PositionEmbedding,
+    ResidualConvolution,
     Sequencer2DBlock,
     ShuffleTokens,
     VerticalBiLSTM,
@@ -216,7 +217,7 @@ def test_padding_is_the_least_that_divides_and_lies_below_and_to_the_right(
 
 @pytest.mark.parametrize(
     "layer",
-    [PatchEmbed(3, 4, patch_size=4), ConvPatchEmbed(3, (4, 4)).eval()],
+    [PatchEmbed(3, 4, patch_size=4), ConvPatchEmbed(3, (4, 4), (1, 1), 4).eval()],
     ids=["plain", "convolutional"],
 )
 def test_patch_embedding_of_any_size_is_that_of_the_padded_image(layer: nn.Module) -> None:
@@ -233,11 +234,33 @@ def test_downsampling_of_an_odd_grid_is_that_of_the_padded_grid() -> None:
     assert torch.equal(layer(x), layer(F.pad(x, (0, 0, 0, 1, 0, 1))))
 
 
-def test_convolutional_stem_halves_once_per_width() -> None:
-    assert ConvPatchEmbed(1, (2, 4, 8))(torch.randn(1, 1, 32, 48)).shape == (1, 4, 6, 8)
+@pytest.mark.parametrize(
+    ("embed_dim", "depths", "convolutions"), [(8, (1, 1, 1), 3), (6, (1, 1, 1), 4), (8, (1, 3, 2), 6)]
+)
+def test_convolutional_stem_halves_once_per_width_and_ends_at_the_width_of_the_first_stage(
+    embed_dim: int, depths: tuple[int, ...], convolutions: int
+) -> None:
+    stem = ConvPatchEmbed(1, (2, 4, 8), depths, embed_dim)
+    assert stem(torch.randn(1, 1, 32, 48)).shape == (1, 4, 6, embed_dim)
+    assert sum(isinstance(module, nn.Conv2d) for module in stem.modules()) == convolutions
 
 
-@pytest.mark.parametrize("stem", [PatchEmbed(3, 8, 2), ConvPatchEmbed(3, (4, 8)), PatchEmbed(1, 8, 3)])
+def test_convolutions_beyond_the_first_of_a_step_are_added_to_their_input() -> None:
+    layer = ResidualConvolution(3)
+    nn.init.zeros_(layer.body.get_parameter("1.weight"))  # of its norm
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(layer(x), x)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        PatchEmbed(3, 8, 2),
+        ConvPatchEmbed(3, (4, 8), (1, 1), 8),
+        ConvPatchEmbed(3, (4, 6), (1, 2), 8),
+        PatchEmbed(1, 8, 3),
+    ],
+)
 def test_the_stem_lays_the_channels_of_a_token_side_by_side(stem):
     channels = next(stem.parameters()).shape[1]
     tokens = stem(torch.randn(2, channels, 16, 16))

@@ -182,6 +182,9 @@ def infer_config(state: State) -> SequencerConfig:
     ]
     steps = sorted(int(name.split(".")[2]) for name in state if re.fullmatch(r"stem\.steps\.\d+\.0\.weight", name))
     stem = tuple(len(state[f"stem.steps.{i}.0.weight"]) for i in steps)
+    residuals = [
+        sum(bool(re.fullmatch(rf"stem\.steps\.{i}\.\d+\.body\.0\.weight", key)) for key in state) for i in steps
+    ]
     first = state["stem.steps.0.0.weight" if steps else "stem.proj.weight"]
     patches = [2 ** len(steps) if steps else first.shape[-1]]
     patches += [state[f"stages.{i}.downsample.down.weight"].shape[-1] for i in stages[1:]]
@@ -192,6 +195,7 @@ def infer_config(state: State) -> SequencerConfig:
         hidden_sizes=tuple(hidden),
         mlp_ratios=tuple(ratios),
         stem_widths=stem,
+        stem_depths=tuple(1 + count for count in residuals) if any(residuals) else (),
         mixer=mixer,
         pos_embed_size=tuple(state["pos_embed.weight"].shape[1:3]) if "pos_embed.weight" in state else (),
         num_classes=len(state["head.fc.weight"]) if "head.fc.weight" in state else 0,

@@ -63,13 +63,19 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
         )
         channels = config.in_chans
         kept += height * width * channels
-        for dim in config.stem_widths:
-            macs += height * width * (9 * channels * dim + _BATCH_NORM * dim)
-            # Convolution, norm and GELU are kept at the full grid; pooling keeps its input and an index per output.
-            kept += height * width * dim * 3 + height * width * dim // 4 * 2
-            # The step's input, and what goes into its norm and comes out.
-            peak = max(peak, height * width * (channels + 2 * dim))
+        # Of every convolution, itself, its norm and GELU are kept, of pooling an index of two values per output. Alive
+        # at once are a convolution's input, and its norm's input and output.
+        for dim, depth in zip(config.stem_widths, config.all_stem_depths, strict=True):
+            for before in (channels, *[dim] * (depth - 1)):
+                macs += height * width * (9 * before * dim + _BATCH_NORM * dim)
+                kept += height * width * 3 * dim
+                peak = max(peak, height * width * (before + 2 * dim))
+            kept += height * width * dim // 4 * 2
             height, width, channels = height // 2, width // 2, dim
+        if channels != (dim := config.embed_dims[0]):
+            macs += height * width * (9 * channels * dim + _BATCH_NORM * dim)
+            kept += height * width * 3 * dim
+            peak = max(peak, height * width * (channels + 2 * dim))
     else:
         patch = config.patch_sizes[0]
         height, width = -(-height // patch), -(-width // patch)

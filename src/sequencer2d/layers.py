@@ -284,24 +284,44 @@ class PatchEmbed(nn.Module):
 
 
 class ConvPatchEmbed(nn.Module):
-    """Overlapping patches for small images: 3×3 convolutions, each followed by a halving, instead of one cut.
+    """Overlapping patches for small images: 3×3 convolutions and halvings instead of one cut.
 
-    Every step is convolution, batch norm, GELU and 2×2 max pooling; the patch size is thus `2 ** len(widths)`.
+    Every step is one or more convolutions, each with batch norm and GELU, then 2×2 max pooling; the patch size is thus
+    `2 ** len(widths)`. The first convolution of a step leads to its width, the others are added to their input. Where
+    the last width is not `embed_dim`, one more convolution leads there, on the small grid.
     After the convolutional tokenizers of Xiao et al. 2021 and Hassani et al. 2021 (CCT).
     """
 
-    def __init__(self, in_chans: int, widths: tuple[int, ...]) -> None:
+    def __init__(self, in_chans: int, widths: tuple[int, ...], depths: tuple[int, ...], embed_dim: int) -> None:
         super().__init__()
         self.patch_size = 2 ** len(widths)
         self.steps = nn.Sequential()
-        for before, after in zip((in_chans, *widths), widths, strict=False):
-            conv = nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False)
-            self.steps.append(nn.Sequential(conv, nn.BatchNorm2d(after), nn.GELU(), nn.MaxPool2d(2)))
+        for before, after, depth in zip((in_chans, *widths), widths, depths, strict=False):
+            residuals = [ResidualConvolution(after) for _ in range(depth - 1)]
+            self.steps.append(nn.Sequential(*_convolution(before, after), *residuals, nn.MaxPool2d(2)))
+        lacking = widths[-1] != embed_dim
+        self.proj = nn.Sequential(*_convolution(widths[-1], embed_dim)) if lacking else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, h, w, D]`."""
-        tokens = self.steps(channels_last(pad_to_multiple(image, self.patch_size)))
+        tokens = self.proj(self.steps(channels_last(pad_to_multiple(image, self.patch_size))))
         return tokens.permute(0, 2, 3, 1).contiguous()
+
+
+class ResidualConvolution(nn.Module):
+    """A convolution with its norm and GELU, added to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*_convolution(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, C, H, W]`."""
+        return x + self.body(x)
+
+
+def _convolution(before: int, after: int) -> list[nn.Module]:
+    return [nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
 
 
 class Downsample2D(nn.Module):

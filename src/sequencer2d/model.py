@@ -44,7 +44,10 @@ class SequencerConfig:
     mlp_ratios: tuple[float, ...]
     """Width of the MLP relative to the stage's channels."""
     stem_widths: tuple[int, ...] = ()
-    """Channels of an overlapping convolutional stem, one per halving; empty: plain patches as in the paper."""
+    """Channels of an overlapping convolutional stem, one per halving; empty: plain patches as in the paper. One more
+    convolution leads from the last of them to `embed_dims[0]` where these differ."""
+    stem_depths: tuple[int, ...] = ()
+    """Convolutions at each of these widths, all but the first with a residual sum; empty: one."""
     mixer: str = "BiLSTM2D"
     """What mixes the tokens: a name of `layers.MIXERS`."""
     shuffle: bool = False
@@ -89,13 +92,18 @@ class SequencerConfig:
             raise ValueError(f"pos_embed_size={self.pos_embed_size} must be two positive numbers, or none")
         if min(self.stem_widths, default=1) <= 0:
             raise ValueError(f"stem_widths={self.stem_widths} must be positive")
+        if self.stem_depths and (len(self.stem_depths) != len(self.stem_widths) or min(self.stem_depths) < 1):
+            raise ValueError(f"stem_depths={self.stem_depths} must be as many numbers ≥ 1 as stem_widths, or none")
         if self.stem_widths and 2 ** len(self.stem_widths) != self.patch_sizes[0]:
             raise ValueError(
                 f"stem_widths={self.stem_widths} halves {len(self.stem_widths)} times, "
                 f"so patch_sizes[0] must be {2 ** len(self.stem_widths)}, not {self.patch_sizes[0]}"
             )
-        if self.stem_widths and self.stem_widths[-1] != self.embed_dims[0]:
-            raise ValueError(f"stem_widths={self.stem_widths} must end in embed_dims[0]={self.embed_dims[0]}")
+
+    @property
+    def all_stem_depths(self) -> tuple[int, ...]:
+        """`stem_depths`, written out."""
+        return self.stem_depths or (1,) * len(self.stem_widths)
 
 
 def _plain(name: str, kind: Any, value: Any) -> Any:
@@ -165,7 +173,9 @@ class Sequencer2D(nn.Module):
             )
         ]
         if config.stem_widths:
-            self.stem = ConvPatchEmbed(config.in_chans, config.stem_widths)
+            self.stem = ConvPatchEmbed(
+                config.in_chans, config.stem_widths, config.all_stem_depths, config.embed_dims[0]
+            )
         else:
             self.stem = PatchEmbed(config.in_chans, config.embed_dims[0], config.patch_sizes[0])
         height_width = config.pos_embed_size
