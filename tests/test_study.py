@@ -188,7 +188,19 @@ def test_rows_without_runs_are_left_out_and_runs_without_row_come_last(tmp_path:
     for name in "ab":
         assert page.count(f'<a id="run-{name}"></a>') == 1
     assert f"`sequencer2d train --data=./cats --run-dir ./b` (commit {'a' * 12}, 1 unreadable images)" in page
-    assert page.count("a processor (AVX512), 2 threads of 4 cores; torch 2.9") == 1
+    assert page.count("a processor (AVX512), 2 of 4 cores; torch 2.9") == 1
+
+
+def test_several_machines_are_named_once_and_told_apart(tmp_path: Path, docs: Path) -> None:
+    runs = [finished_run(tmp_path / name, 0.8) for name in "abc"]
+    path = runs[1] / "environment.json"
+    path.write_text(path.read_text().replace("AVX512", "AVX2"))
+    make_results.main([str(run) for run in runs], docs)
+    page = (docs / "results.md").read_text()
+    for number, capability in enumerate(("AVX512", "AVX2"), start=1):
+        assert page.count(f"Machine {number}: a processor ({capability}), 2 of 4 cores; torch 2.9.") == 1
+    for name, number in zip("abc", (1, 2, 1), strict=True):
+        assert f"./{name}` (commit {'a' * 12}, machine {number}, 1 unreadable images)" in page
 
 
 def test_columns_are_those_asked_for_that_have_values(tmp_path: Path, docs: Path) -> None:

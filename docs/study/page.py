@@ -144,21 +144,22 @@ def _labels(lines: Sequence[Line]) -> dict[str, str]:
 def _commands(labels: dict[str, str], runs: dict[str, Run]) -> str:
     """A line for each run, with the commit that it ran; the machine once."""
     machines = list(dict.fromkeys(runs[name].machine for name in labels))
-    lines = ["## Commands", ""]
-    if len(machines) == 1:
-        lines.append(f"All on {machines[0]}.")
-    else:
-        lines += [f"- Machine {number}: {machine}" for number, machine in enumerate(machines, start=1)]
-    lines.append("")
+    several = len(machines) > 1
+    described = [
+        f"Machine {number}: {machine}." if several else f"All on {machine}."
+        for number, machine in enumerate(machines, start=1)
+    ]
+    commands = []
     for name, label in labels.items():
         run = runs[name]
-        where = f", machine {machines.index(run.machine) + 1}" if len(machines) > 1 else ""
-        skipped = run.result["num_skipped"]
-        lines.append(
-            f'- <a id="run-{name}"></a>{label}: `{run.environment["command"]}` '
-            f"(commit {run.environment['commit'][:12]}{where}{f', {skipped} unreadable images' if skipped else ''})"
-        )
-    return "\n".join(lines)
+        facts = [f"commit {run.environment['commit'][:12]}"]
+        if several:
+            facts.append(f"machine {machines.index(run.machine) + 1}")
+        if run.result["num_skipped"]:
+            facts.append(f"{run.result['num_skipped']} unreadable images")
+        command = run.environment["command"]
+        commands.append(f'- <a id="run-{name}"></a>{label}: `{command}` ({", ".join(facts)})')
+    return "\n\n".join(["## Commands", *described, "\n".join(commands)])
 
 
 def _slug(title: str) -> str:

@@ -165,6 +165,9 @@ def _as_file(svg: str, width: int) -> str:
         for shade in (0, 1)
     )
     opening, body = svg.split(">", maxsplit=1)
+    view_box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', opening)
+    assert view_box, "matplotlib's SVG has a viewBox"
+    height = width * float(view_box[2]) / float(view_box[1])
     opening = opening.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     opening = opening.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1)
     ground = (
@@ -173,7 +176,7 @@ def _as_file(svg: str, width: int) -> str:
         f"@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
         '<rect width="100%" height="100%" style="fill:var(--page)"/>'
     )
-    lines = [line.rstrip() for line in f'{opening} width="{width}">{ground}{body}'.splitlines()]
+    lines = [line.rstrip() for line in f'{opening} width="{width}" height="{height:.0f}">{ground}{body}'.splitlines()]
     return "\n".join(lines) + "\n"
 
 

@@ -56,7 +56,7 @@ class Run:
         machine = self.environment
         versions = [f"{name} {of}" for name, of in machine["packages"].items() if name != "sequencer2d"]
         return (
-            f"{machine['gpu'] or machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads of "
+            f"{machine['gpu'] or machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} of "
             f"{machine['cores']} cores; {', '.join(versions)}"
         )
 
