@@ -16,6 +16,7 @@ from sequencer2d.benchmarking.comparison import Measurement, records
 from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.zoo import VARIANTS
 from study.plan import read_study
+from study.tables import DEFAULT
 
 DOCS = Path(__file__).parent.parent / "docs"
 RUNS = sorted(path.parent.name for path in DOCS.glob("results/*/result.json"))
@@ -62,18 +63,19 @@ def test_a_run_names_commit_machine_and_command_and_no_path_of_a_machine(name: s
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_row_of_results_has_the_numbers_of_its_runs(name: str) -> None:
+def test_rows_of_results_have_the_numbers_of_their_runs(name: str) -> None:
     tables = read_study(DOCS / "results" / "study.yaml").tables
-    rows = [row for table in tables if not table.columns for row in table.rows if name in row.runs]
-    links = {f"](#run-{row.runs[0]})": row.runs for row in rows} or {f"](#run-{name})": [name]}
-    for link, names in links.items():
-        found = [json.loads((DOCS / "results" / run / "result.json").read_text()) for run in names]
-        lines = [line for line in (DOCS / "results.md").read_text().splitlines() if link in line]
-        assert lines, link
-        for values in ([run["val_top1"] for run in found], [run["evaluation"]["top1"] for run in found]):
-            mean = f"{100 * statistics.fmean(values):.2f}"
-            spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            assert any(f"| {mean}{spread} %" in line for line in lines), (name, mean + spread)
+    rows = [(row.runs, table.columns or DEFAULT) for table in tables for row in table.rows if name in row.runs]
+    page = (DOCS / "results.md").read_text().splitlines()
+    for names, columns in rows or [([name], DEFAULT)]:
+        lines = [line for line in page if line.startswith("| [") and f"](#run-{names[0]})" in line]
+        results = [json.loads((DOCS / "results" / run / "result.json").read_text()) for run in names]
+        tests = [result["evaluation"]["top1"] for result in results if result["evaluation"]["split"] == "test"]
+        for column, values in (("val", [result["val_top1"] for result in results]), ("test", tests)):
+            if column in columns and values:
+                spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                cell = f"| {100 * statistics.fmean(values):.2f}{spread} %"
+                assert any(cell in line for line in lines), (names, cell)
 
 
 def test_the_page_of_models_is_as_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
