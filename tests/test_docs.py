@@ -1,7 +1,9 @@
-"""The results page is what its command makes of the committed run summaries."""
+"""The generated pages are what their commands make of what is committed."""
 
 import importlib.util
 import json
+import re
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +11,15 @@ from types import ModuleType
 
 import pytest
 
+import make_results
 from sequencer2d.benchmarking.comparison import Measurement, records
 from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.zoo import VARIANTS
+from study.plan import read_study
+from study.tables import DEFAULT
 
 DOCS = Path(__file__).parent.parent / "docs"
+RUNS = sorted(path.parent.name for path in DOCS.glob("results/*/result.json"))
 
 
 def load_script(name: str) -> ModuleType:
@@ -25,34 +31,51 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-@pytest.fixture
-def make_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, writing into a copy of the summaries."""
-    module = load_script("make_results")
+def test_the_page_of_results_and_its_pictures_are_as_generated(tmp_path: Path) -> None:
     for path in (DOCS / "results").rglob("*"):
         if path.suffix in (".json", ".jsonl", ".yaml"):
             copy = tmp_path / path.relative_to(DOCS)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    monkeypatch.setattr(module, "DOCS", tmp_path)
-    return module
-
-
-def test_the_page_and_its_curves_are_as_generated(make_results: ModuleType, tmp_path: Path) -> None:
-    make_results.main([])
+    make_results.main([], tmp_path)
     assert (tmp_path / "results.md").read_text() == (DOCS / "results.md").read_text()
-    for curve in (DOCS / "results").rglob("*.svg"):
-        assert (tmp_path / curve.relative_to(DOCS)).exists()
+    there, expected = ({path.relative_to(root) for path in root.rglob("results/**/*.svg")} for root in (DOCS, tmp_path))
+    assert there == expected
 
 
-def test_results_name_commit_machine_and_command_and_no_path_of_a_machine() -> None:
-    for folder in (path for path in (DOCS / "results").iterdir() if path.is_dir()):
-        environment = json.loads((folder / "environment.json").read_text())
-        assert environment["commit"]
-        assert not environment["commit"].endswith("+"), "run it from a clean checkout"
-        assert environment["cpu"]
-        assert environment["command"].startswith("sequencer2d train")
-        assert "/home" not in (folder / "config.yaml").read_text()
+def test_every_run_that_the_study_names_is_there() -> None:
+    study = read_study(DOCS / "results" / "study.yaml")
+    assert {name for table in study.tables for row in table.rows for name in row.runs} <= set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_names_commit_machine_and_command_and_no_path_of_a_machine(name: str) -> None:
+    folder = DOCS / "results" / name
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["commit"]
+    assert not environment["commit"].endswith("+"), "run it from a clean checkout"
+    assert environment["cpu"]
+    assert environment["command"].startswith("sequencer2d train")
+    for text in (environment["command"], (folder / "config.yaml").read_text()):
+        assert not re.search(r"(^|[\s='\"])/", text, re.MULTILINE), "a path of a machine"
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix != ".svg")
+    assert size < 40_000, "the page needs no more of a run"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_rows_of_results_have_the_numbers_of_their_runs(name: str) -> None:
+    tables = read_study(DOCS / "results" / "study.yaml").tables
+    rows = [(row.runs, table.columns or DEFAULT) for table in tables for row in table.rows if name in row.runs]
+    page = (DOCS / "results.md").read_text().splitlines()
+    for names, columns in rows or [([name], DEFAULT)]:
+        lines = [line for line in page if line.startswith("| [") and f"](#run-{names[0]})" in line]
+        results = [json.loads((DOCS / "results" / run / "result.json").read_text()) for run in names]
+        tests = [result["evaluation"]["top1"] for result in results if result["evaluation"]["split"] == "test"]
+        for column, values in (("val", [result["val_top1"] for result in results]), ("test", tests)):
+            if column in columns and values:
+                spread = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                cell = f"| {100 * statistics.fmean(values):.2f}{spread} %"
+                assert any(cell in line for line in lines), (names, cell)
 
 
 def test_the_page_of_models_is_as_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

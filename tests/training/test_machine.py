@@ -15,7 +15,7 @@ import torch
 from runs import tiny_run
 from sequencer2d.training import ranks
 from sequencer2d.training.config import TrainConfig
-from sequencer2d.training.machine import flushes_denormals, set_threads, settled
+from sequencer2d.training.machine import describe_machine, flushes_denormals, set_threads, settled
 from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask
@@ -175,3 +175,9 @@ def test_a_training_settles_the_machine_and_says_each_setting_once(
     for setting in ("threads", "denormals", "allocator", "precision fp32", "optimizer", "deterministic"):
         assert [message.startswith(f"{setting}:") for message in caplog.messages].count(True) == 1, setting
     assert "optimizer: AdamW, fused" in caplog.messages
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/sequencer2d", "/usr/lib/python3/sequencer2d/__main__.py"])
+def test_the_command_is_told_without_the_folder_of_its_program(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "train", "--data", "my cats"])
+    assert describe_machine()["command"] == "sequencer2d train --data 'my cats'"

@@ -228,8 +228,9 @@ def describe_machine() -> dict[str, Any]:
     import torch
 
     packages = ("sequencer2d", "torch", "torchvision", "timm", "pytorch-lightning", "numpy", "pillow")
+    program = Path(sys.argv[0]).name
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["sequencer2d" if program == "__main__.py" else program, *sys.argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
