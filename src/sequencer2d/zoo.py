@@ -106,7 +106,8 @@ _CONV_TINY = SequencerConfig(
     embed_dims=(128, 256),
     hidden_sizes=(32, 64),
     mlp_ratios=(2.0, 2.0),
-    stem_widths=(32, 128),
+    stem_widths=(32, 64),
+    stem_depths=(1, 2),
 )
 _CONV_PICO = SequencerConfig(
     layers=(2, 1),
