@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from sequencer2d.data.images import IMAGE_EXTENSIONS, ImageError, open_image
-from sequencer2d.data.transforms import EvalTransform, normalize
+from sequencer2d.data.transforms import EvalTransform
 from sequencer2d.files import atomic_file, write_atomic
+from sequencer2d.inference import answer
 from sequencer2d.weights import load_model
 
 
@@ -30,7 +31,7 @@ class Prediction:
 
 @torch.inference_mode()
 def predict(
-    model: str | Path, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32
+    model: str | Path, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32, flips: bool = False
 ) -> Iterator[Prediction]:
     """Classifies images with the preprocessing that the model's training saved, in the order given.
 
@@ -39,6 +40,7 @@ def predict(
         paths: Image files, folders (all images below them, sorted), or `-` for one image on standard input.
         top_k: Classes per image, at most all there are.
         batch_size: Images per step.
+        flips: Average the logits of each image and its mirror image, as in `evaluate`.
 
     Raises:
         FileNotFoundError, ModelFileError: There is no such model. (Images raise nothing: see `Prediction.error`.)
@@ -62,8 +64,9 @@ def predict(
                 errors.append(str(error))
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
         if images:
-            logits = network(normalize(torch.from_numpy(transform(images, [0] * len(images))), card.preprocessing))
-            best = logits.float().softmax(-1).topk(top_k)
+            pixels = torch.from_numpy(transform(images, [0] * len(images)))
+            logits = answer(network, pixels, card.preprocessing, flips=flips)
+            best = logits.softmax(-1).topk(top_k)
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, error in zip(chunk, errors, strict=True):
             if error is not None:

@@ -122,7 +122,8 @@ def evaluate(arguments: list[str]) -> int:
     from sequencer2d.evaluation import evaluate as run_evaluation
 
     parser = VerbParser("sequencer2d evaluate", description="Evaluate a model on one split of a data set.")
-    parser.add_function_arguments(run_evaluation, as_positional=True, skip={"progress"})
+    parser.add_function_arguments(run_evaluation, as_positional=True, skip={"progress", "flips"})
+    parser.add_argument("--flips", action="store_true", help=_FLIPS_HELP)
     parser.add_argument("--json", type=str | None, default=None, help="file to write everything to, as JSON")
     options = parser.parse_args(arguments).as_dict()
     json_file = options.pop("json")
@@ -136,11 +137,15 @@ def evaluate(arguments: list[str]) -> int:
     console.print(table)
     console.print(
         f"top-1 {result.top1:.2%}, top-5 {_percent(result.top5)}, loss {result.loss:.4f}, "
-        f"calibration error {result.ece:.4f}, {result.num_images:,} images, {result.precision}"
+        f"calibration error {result.ece:.4f}, {result.num_images:,} images of {result.image_size}²"
+        f"{' and their mirror images' if result.flips else ''}, {result.precision}"
     )
     for message in result.skipped:
         print(f"skipped: {message}", file=sys.stderr)
     return PROBLEM if result.skipped else DONE
+
+
+_FLIPS_HELP = "average the logits of each image and its mirror image"
 
 
 def predict(arguments: list[str]) -> int:
@@ -153,15 +158,15 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("paths", nargs="+", help="image files, folders, or - for an image on standard input")
     parser.add_argument("--top_k", type=int, default=5, help="classes per image")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
+    parser.add_argument("--flips", action="store_true", help=_FLIPS_HELP)
     parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl, .csv or .parquet")
     options = parser.parse_args(arguments)
     failed = 0
 
     def printed() -> Iterator[Prediction]:
         nonlocal failed
-        for prediction in run_prediction(
-            options.model, options.paths, top_k=options.top_k, batch_size=options.batch_size
-        ):
+        settings = {"top_k": options.top_k, "batch_size": options.batch_size, "flips": options.flips}
+        for prediction in run_prediction(options.model, options.paths, **settings):
             failed += prediction.error is not None
             classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
             print(f"error: {prediction.error}" if prediction.error else f"{prediction.path}: {classes}", flush=True)
