@@ -97,11 +97,9 @@ def model_and_paths(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 def _is_model(text: str) -> bool:
     path = Path(text)
-    if text == "-" or text.startswith(PREFIX):
-        return text != "-"
     if path.is_dir():
         return model_in_folder(path) is not None or not any(map(_is_image, path.rglob("*")))
-    return not _is_image(path)
+    return text.startswith(PREFIX) or not (text == "-" or _is_image(path))
 
 
 def _is_image(path: Path) -> bool:
