@@ -56,6 +56,11 @@ def test_evaluate_prints_a_table_and_writes_json(
     result = json.loads((tmp_path / "e.json").read_text())
     assert f"top-1 {result['top1']:.2%}" in out
     assert result["split"] == "val"
+    assert "images of 16², fp32" in " ".join(out.split())
+    assert main(["evaluate", str(run_dir), "--flips", "--image-size", "20", "--json", str(tmp_path / "f.json")]) == DONE
+    assert "images of 20² and their mirror images, fp32" in " ".join(capsys.readouterr().out.split())
+    result = json.loads((tmp_path / "f.json").read_text())
+    assert (result["flips"], result["image_size"]) == (True, 20)
 
 
 def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
@@ -65,7 +70,10 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
     bad = tmp_path / "bad.png"
     bad.write_bytes(good[0].read_bytes()[:60])
     assert main(["predict", str(run_dir), str(good[0]), "--top-k", "3"]) == DONE
-    assert capsys.readouterr().out.count("%") == 3
+    plain = capsys.readouterr().out
+    assert plain.count("%") == 3
+    assert main(["predict", str(run_dir), str(good[0]), "--top-k", "3", "--flips"]) == DONE
+    assert capsys.readouterr().out != plain
     status = main(["predict", str(run_dir), str(bad), *map(str, good), "--output", str(tmp_path / "p.jsonl")])
     assert status == PROBLEM
     lines = capsys.readouterr().out.splitlines()
@@ -90,7 +98,8 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
         (["train", "--resume", "nowhere"], "nowhere"),
         (["train", "--augment.scale", "[2,1]"], "augment.scale"),
         (["predict", "nowhere", "x.png"], "nowhere"),
-        (["predict"], "model"),
+        (["predict"], "paths"),
+        (["predict", "runs/digits"], "runs/digits is no image"),
         (["evaluate", "nowhere"], "nowhere"),
         (["models", "--nothing"], "--nothing"),
         (["prepare", "cifar10"], "root"),
@@ -156,8 +165,8 @@ def test_every_verb_has_a_help_with_every_option_explained(verb: str, capsys: py
         "--precision --backend --optim.learning-rate --augment.mixup-alpha --augment.mixing-off-epochs "
         "--finetune.freeze --finetune.layer-decay --distill.teacher --progressive.start-size --early-stopping "
         "--seeds --loggers",
-        "evaluate": "model --data --data-root --split --json",
-        "predict": "model paths --top-k --output",
+        "evaluate": "model --data --data-root --split --flips --image-size --json",
+        "predict": "model paths --top-k --flips --output",
         "prepare": "name --root --source --val-fraction --seed",
         "models": "contains --image-size",
         "check": "data --data-root --json --no-cache --workers",

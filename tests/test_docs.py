@@ -14,7 +14,9 @@ import pytest
 import make_results
 from sequencer2d.benchmarking.comparison import Measurement, records
 from sequencer2d.benchmarking.processes import Answers, Entry
-from sequencer2d.zoo import VARIANTS
+from sequencer2d.cli import DONE, main
+from sequencer2d.weights import load_model
+from sequencer2d.zoo import PACKAGED, VARIANTS
 from study.plan import read_study
 from study.tables import DEFAULT
 
@@ -154,6 +156,74 @@ def test_the_page_of_performance_is_as_generated(tmp_path: Path, monkeypatch: py
     for group in module.load().values():
         for record in group:
             assert not record["environment"]["commit"].endswith("+"), "measure in a clean checkout"
+
+
+def test_the_card_of_the_packaged_weights_is_as_generated(tmp_path: Path) -> None:
+    make_pretrained = load_script("make_pretrained")
+    for path in PACKAGED.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    page = (PACKAGED / "README.md").read_text()
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    assert [f"## {path.stem}" for path in paths] == re.findall("^## .*", page, flags=re.MULTILINE)
+    for path in paths:  # in place of what stands there
+        make_pretrained.write_section(path)
+    assert (tmp_path / "README.md").read_text() == page
+    (tmp_path / "README.md").write_text(page.partition("## ")[0])
+    for path in reversed(paths):  # and anew, in the order of names
+        make_pretrained.write_section(path)
+    assert (tmp_path / "README.md").read_text() == page
+
+
+def test_the_command_of_packaged_weights_names_no_folder_of_a_machine() -> None:
+    portable = load_script("make_pretrained").portable
+    assert portable("/opt/bin/sequencer2d train --config digits --run-dir /tmp/x --seed 3") == (
+        "sequencer2d train --config digits --seed 3"
+    )
+    assert portable("__main__.py train --run-dir=/tmp/x --data /tmp/cifar10 --data-root /data") == (
+        "sequencer2d train --data path/to/cifar10"
+    )
+    assert portable("sequencer2d train --data=/tmp/cifar10") == "sequencer2d train --data=path/to/cifar10"
+
+
+@pytest.mark.slow
+def test_a_run_becomes_packaged_weights_by_its_validation_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, name = tmp_path / "run", "sequencer2d_conv_p_patch2_16"
+    assert main(["train", "--config", "digits", "--epochs", "1", "--run-dir", str(run_dir)]) == DONE
+    make_pretrained = load_script("make_pretrained")
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "README.md").write_text("# Weights\n\n## another\n\nText.\n")
+    monkeypatch.setattr(make_pretrained, "FOLDER", tmp_path / "pretrained")
+    environment = json.loads((run_dir / "environment.json").read_text())
+    environment["commit"] = "1234567+"
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(ValueError, match="code that is not committed"):
+        make_pretrained.package(run_dir, name)
+    environment["commit"] = "1234567"
+    (run_dir / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(ValueError, match="not as sequencer2d_conv_t_patch4_32 is"):
+        make_pretrained.package(run_dir, "sequencer2d_conv_t_patch4_32")
+    seen = []
+    evaluate = make_pretrained.evaluate
+    monkeypatch.setattr(
+        make_pretrained, "evaluate", lambda *args, split: seen.append(split) or evaluate(*args, split=split)
+    )
+    path = make_pretrained.package(run_dir, name)
+    assert seen == ["val"]
+    _, card = load_model(path)
+    assert card.training["commit"] == "1234567"
+    assert card.training["test_top1"] == json.loads((run_dir / "result.json").read_text())["evaluation"]["top1"]
+    page = (tmp_path / "pretrained" / "README.md").read_text()
+    assert page.startswith("# Weights\n\n## another\n\nText.\n\n## sequencer2d_conv_p_patch2_16\n")
+    assert f"{card.training['rounded_val_top1']:.2%} of 143 images" in page
+    assert sorted(file.name for file in (tmp_path / "pretrained").iterdir()) == ["README.md", path.name]
+    monkeypatch.setattr(make_pretrained, "MAX_BYTES", 400_000)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="above 0 MB; publish them on the hub"):
+        make_pretrained.package(run_dir, name)
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in (tmp_path / "pretrained").iterdir()) == ["README.md", path.name]
 
 
 def test_every_variant_is_in_the_comparisons_with_the_official_code_and_timm() -> None:

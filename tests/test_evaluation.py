@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from PIL import Image
 
 from sequencer2d import evaluation
 from sequencer2d.data.sets import FileImages, ImageData
-from sequencer2d.evaluation import calibration_images, evaluate, evaluate_images
+from sequencer2d.evaluation import Evaluation, calibration_images, evaluate, evaluate_images
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.native import available
 from sequencer2d.preprocessing import Preprocessing
@@ -136,6 +136,57 @@ def test_int8_measures_its_ranges_on_other_images_than_it_is_evaluated_on(
         bf16 = evaluate(tmp_path / "m.safetensors", data="x", split=split, precision="bf16")
         assert bf16.loss != fp32.loss
         assert bf16.loss == pytest.approx(fp32.loss, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        "fp32",
+        "bf16",
+        pytest.param("int8", marks=pytest.mark.skipif(not available(), reason="installed without kernels")),
+    ],
+)
+def test_size_and_flips_are_as_asked_in_every_precision(
+    precision: Literal["fp32", "bf16", "int8"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Sequencer2D(
+        SequencerConfig(
+            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=2
+        )
+    )
+    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
+    preprocessing = Preprocessing(image_size=8, crop_pct=0.5)
+    card = ModelCard(architecture="x", config=model.config, class_names=("ant", "bee"), preprocessing=preprocessing)
+    save_model(model, card, tmp_path / "m.safetensors")
+    pixels = np.random.RandomState(0).randint(0, 256, (12, 30, 30, 3), dtype=np.uint8)
+    for mirrored in (False, True):
+        for number, image in enumerate(pixels[:, :, ::-1] if mirrored else pixels):
+            file = tmp_path / str(mirrored) / ("train", "val")[number % 2] / ("ant", "bee")[number // 2 % 2]
+            file.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file / f"{number}.png")
+    seen: list[torch.Size] = []
+    forward = Sequencer2D.forward
+    monkeypatch.setattr(Sequencer2D, "forward", lambda self, x: seen.append(x.shape[1:]) or forward(self, x))
+
+    def result(mirrored: bool = False, **options: Any) -> Evaluation:
+        seen.clear()
+        return evaluate(tmp_path / "m.safetensors", data=str(tmp_path / str(mirrored)), precision=precision, **options)
+
+    plain, larger, flipped = result(), result(image_size=14), result(flips=True)
+    assert (plain.image_size, larger.image_size, flipped.image_size) == (8, 14, 8)
+    assert (plain.flips, larger.flips, flipped.flips) == (False, False, True)
+    assert len({plain.loss, larger.loss, flipped.loss}) == 3
+    assert abs(result(mirrored=True).loss - plain.loss) > 1e-3
+    if precision != "int8":  # whose ranges come from other images
+        assert result(mirrored=True, flips=True).loss == pytest.approx(flipped.loss, rel=1e-3)
+    assert set(seen) == {(3, 8, 8)}
+    result(image_size=14)
+    assert set(seen) == {(3, 14, 14)}
+    both = json.loads(json.dumps(result(flips=True, image_size=14).to_dict()))
+    assert (both["flips"], both["image_size"]) == (True, 14)
+    with pytest.raises(ValueError, match="image_size=0 must be at least 1"):
+        result(image_size=0)
 
 
 def test_images_for_calibration_are_from_all_over_and_readable(grey_steps: FileImages) -> None:

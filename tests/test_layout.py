@@ -22,6 +22,7 @@ TIERS: list[set[str]] = [
     {"zoo"},
     {"registry", "weights"},
     {"data"},
+    {"inference"},
     {"evaluation", "prediction", "visualize"},
     {"training"},
     {"benchmarking"},

@@ -96,6 +96,16 @@ def test_top_k_is_as_asked_and_at_least_one(model_file: Path, folder: Path) -> N
         next(predict(model_file, [folder / "0.png"], top_k=0))
 
 
+def test_flips_make_left_and_right_the_same(model_file: Path, tmp_path: Path, photo: Image.Image) -> None:
+    photo.save(tmp_path / "photo.png")
+    photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    files = [tmp_path / "photo.png", tmp_path / "mirrored.png"]
+    one, mirrored = (dict(answer.classes) for answer in predict(model_file, files))
+    assert one != pytest.approx(mirrored, abs=1e-2)
+    one, mirrored = (dict(answer.classes) for answer in predict(model_file, files, flips=True))
+    assert one == pytest.approx(mirrored, abs=1e-5)
+
+
 def test_files_of_answers_hold_the_same_as_the_answers(model_file: Path, folder: Path, tmp_path: Path) -> None:
     answers = list(predict(model_file, [folder]))
     write_predictions(answers, tmp_path / "out.jsonl")

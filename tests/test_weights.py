@@ -173,6 +173,28 @@ def test_a_description_of_timms_beside_the_weights_counts(model: Sequencer2D, tm
         load_model(tmp_path)
 
 
+def test_rounded_weights_and_statistics_take_half_the_space_and_are_widened_again(
+    model: Sequencer2D, card: ModelCard, saved: Path, tmp_path: Path
+) -> None:
+    save_model(model, card, tmp_path / "rounded.safetensors", dtype=torch.bfloat16)
+    tensors, _ = read(tmp_path / "rounded.safetensors")
+    whole = {name for name, tensor in tensors.items() if tensor.dtype != torch.bfloat16}
+    assert whole == {name for name in tensors if name.endswith("num_batches_tracked")} != set()
+    assert {name for name in tensors if name.endswith("running_var")}
+    fewer_bytes = saved.stat().st_size - (tmp_path / "rounded.safetensors").stat().st_size
+    assert fewer_bytes > 0.49 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    loaded, card_loaded = load_model(tmp_path / "rounded.safetensors")
+    assert card_loaded == card
+    for name, tensor in loaded.state_dict().items():
+        before = model.state_dict()[name]
+        assert tensor.dtype == before.dtype
+        expected = before.bfloat16().float() if before.is_floating_point() else before
+        assert torch.equal(tensor, expected), name
+    assert next(model.parameters()).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"dtype=torch\.int8 must be a type of floating point"):
+        save_model(model, card, tmp_path / "int8.safetensors", dtype=torch.int8)
+
+
 def test_a_card_of_another_architecture_is_not_saved(model: Sequencer2D, card: ModelCard, tmp_path: Path) -> None:
     model.reset_classifier(3)
     with pytest.raises(ValueError, match="another architecture"):

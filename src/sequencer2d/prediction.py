@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 
 from sequencer2d.data.images import IMAGE_EXTENSIONS, ImageError, open_image
-from sequencer2d.data.transforms import EvalTransform, normalize
+from sequencer2d.data.transforms import EvalTransform
 from sequencer2d.files import atomic_file, write_atomic
+from sequencer2d.hub import PREFIX
+from sequencer2d.inference import answer
 from sequencer2d.weights import load_model
+from sequencer2d.zoo import model_in_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +33,16 @@ class Prediction:
 
 @torch.inference_mode()
 def predict(
-    model: str | Path, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32
+    model: str | Path, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32, flips: bool = False
 ) -> Iterator[Prediction]:
     """Classifies images with the preprocessing that the model's training saved, in the order given.
 
     Args:
-        model: A model file or the folder of a run.
+        model: A model file, the folder of a run, or whatever `load_model` takes.
         paths: Image files, folders (all images below them, sorted), or `-` for one image on standard input.
         top_k: Classes per image, at most all there are.
         batch_size: Images per step.
+        flips: Average the logits of each image and its mirror image, as in `evaluate`.
 
     Raises:
         FileNotFoundError, ModelFileError: There is no such model. (Images raise nothing: see `Prediction.error`.)
@@ -62,8 +66,9 @@ def predict(
                 errors.append(str(error))
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
         if images:
-            logits = network(normalize(torch.from_numpy(transform(images, [0] * len(images))), card.preprocessing))
-            best = logits.float().softmax(-1).topk(top_k)
+            pixels = torch.from_numpy(transform(images, [0] * len(images)))
+            logits = answer(network, pixels, card.preprocessing, flips=flips)
+            best = logits.softmax(-1).topk(top_k)
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, error in zip(chunk, errors, strict=True):
             if error is not None:
@@ -74,12 +79,39 @@ def predict(
             yield Prediction(path=path, classes=tuple(zip(names, probabilities, strict=True)))
 
 
+def model_and_paths(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The model, or None, and the images of a list in which a model may stand first.
+
+    A model is `hf-hub:…`, a folder that holds one or no image at all, and what has not the extension of an image file.
+
+    Raises:
+        ValueError: There is a model and no image.
+    """
+    first, *others = arguments
+    if not _is_model(first):
+        return None, list(arguments)
+    if not others:
+        raise ValueError(f"{first} is no image; name one, behind the model: sequencer2d predict {first} photo.jpg")
+    return first, others
+
+
+def _is_model(text: str) -> bool:
+    path = Path(text)
+    if path.is_dir():
+        return model_in_folder(path) is not None or not any(map(_is_image, path.rglob("*")))
+    return text.startswith(PREFIX) or not (text == "-" or _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_EXTENSIONS
+
+
 def _files(paths: Iterable[str | Path]) -> Iterator[str]:
     """Files as they are, folders as the images below them; a folder without any stays, to become an error."""
     for path in map(str, paths):
         below = []
         if path != "-" and Path(path).is_dir():
-            below = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
+            below = sorted(str(file) for file in Path(path).rglob("*") if _is_image(file))
         yield from below or [path]
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -33,6 +34,20 @@ class VerbParser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
         return super().parse_args([_underscored(argument) for argument in args], **kwargs)
+
+    def options_first(self, arguments: list[str]) -> list[str]:
+        """The arguments with options and their values moved ahead of the others, which may then stand anywhere."""
+        options, others = [], []
+        rest = iter(arguments)
+        for argument in rest:
+            action = self._option_string_actions.get(_underscored(argument))
+            if argument == "--":
+                others += [argument, *rest]
+            elif action is not None and action.nargs != 0:
+                options += [argument, *islice(rest, 1)]
+            else:
+                (options if argument.startswith("-") and argument != "-" else others).append(argument)
+        return options + others
 
     def format_help(self, *arguments: Any, **options: Any) -> str:
         text = super().format_help(*arguments, **options)
@@ -122,7 +137,8 @@ def evaluate(arguments: list[str]) -> int:
     from sequencer2d.evaluation import evaluate as run_evaluation
 
     parser = VerbParser("sequencer2d evaluate", description="Evaluate a model on one split of a data set.")
-    parser.add_function_arguments(run_evaluation, as_positional=True, skip={"progress"})
+    parser.add_function_arguments(run_evaluation, as_positional=True, skip={"progress", "flips"})
+    parser.add_argument("--flips", action="store_true", help=_FLIPS_HELP)
     parser.add_argument("--json", type=str | None, default=None, help="file to write everything to, as JSON")
     options = parser.parse_args(arguments).as_dict()
     json_file = options.pop("json")
@@ -136,32 +152,51 @@ def evaluate(arguments: list[str]) -> int:
     console.print(table)
     console.print(
         f"top-1 {result.top1:.2%}, top-5 {_percent(result.top5)}, loss {result.loss:.4f}, "
-        f"calibration error {result.ece:.4f}, {result.num_images:,} images, {result.precision}"
+        f"calibration error {result.ece:.4f}, {result.num_images:,} images of {result.image_size}²"
+        f"{' and their mirror images' if result.flips else ''}, {result.precision}"
     )
     for message in result.skipped:
         print(f"skipped: {message}", file=sys.stderr)
     return PROBLEM if result.skipped else DONE
 
 
+_FLIPS_HELP = "average the logits of each image and its mirror image"
+
+
 def predict(arguments: list[str]) -> int:
     """`sequencer2d predict`"""
-    from sequencer2d.prediction import Prediction, write_predictions
+    from sequencer2d.prediction import Prediction, model_and_paths, write_predictions
     from sequencer2d.prediction import predict as run_prediction
+    from sequencer2d.weights import load_model
+    from sequencer2d.zoo import DEFAULT_MODEL
 
-    parser = VerbParser("sequencer2d predict", description="Print the likeliest classes of images.")
-    parser.add_argument("model", help="model file or folder of a run")
+    parser = VerbParser(
+        "sequencer2d predict",
+        description="Print the likeliest classes of images. What stands first is a model, unless it has the extension "
+        "of an image, or is a folder of images.",
+    )
+    model_help = "model file, folder of a run, name of a model with weights (sequencer2d models), or hf-hub:user/name; "
+    model_help += f"where none is given, {DEFAULT_MODEL} of the package answers"
+    parser.add_argument("model", nargs="?", help=model_help)
     parser.add_argument("paths", nargs="+", help="image files, folders, or - for an image on standard input")
     parser.add_argument("--top_k", type=int, default=5, help="classes per image")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
+    parser.add_argument("--flips", action="store_true", help=_FLIPS_HELP)
     parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl, .csv or .parquet")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(parser.options_first(arguments))
+    model, paths = model_and_paths([*filter(None, [options.model]), *options.paths])
+    if model is None:
+        model = DEFAULT_MODEL
+        _, card = load_model(model)
+        classes = f"{len(card.class_names)} classes: {', '.join(card.class_names[:10])}"
+        more = ", …" if len(card.class_names) > 10 else ""
+        print(f"no model is named: {model} of the package answers, with {classes}{more}", file=sys.stderr)
     failed = 0
 
     def printed() -> Iterator[Prediction]:
         nonlocal failed
-        for prediction in run_prediction(
-            options.model, options.paths, top_k=options.top_k, batch_size=options.batch_size
-        ):
+        settings = {"top_k": options.top_k, "batch_size": options.batch_size, "flips": options.flips}
+        for prediction in run_prediction(model, paths, **settings):
             failed += prediction.error is not None
             classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
             print(f"error: {prediction.error}" if prediction.error else f"{prediction.path}: {classes}", flush=True)
@@ -357,12 +392,13 @@ def _prepare_shards(arguments: list[str]) -> int:
 def models(arguments: list[str]) -> int:
     """`sequencer2d models`"""
     from sequencer2d.flops import costs
-    from sequencer2d.zoo import VARIANTS, list_models
+    from sequencer2d.zoo import VARIANTS, list_models, packaged_file
 
     parser = VerbParser(
         "sequencer2d models",
         description="List the variants and what one image costs: multiply-accumulates with the LSTMs counted, and the "
-        "memory of activations in fp32 (half of it in bf16) in training and in inference. More: docs/models.md.",
+        "memory of activations in fp32 (half of it in bf16) in training and in inference. Some have weights, in the "
+        "package or on the Hugging Face hub. More: docs/models.md.",
     )
     parser.add_argument("contains", nargs="?", default="", help="only names that contain this text")
     parser.add_argument(
@@ -387,7 +423,7 @@ def models(arguments: list[str]) -> int:
             f"{cost.macs / 1e9:.2f} G",
             f"{cost.training_activations * 4 / 2**20:.0f}",
             f"{cost.inference_activations * 4 / 2**20:.1f}",
-            "hub" if variant.hub_id else "–",
+            "package" if packaged_file(name) else "hub" if variant.hub_id else "–",
         )
     Console().print(table)
     return DONE

@@ -66,17 +66,28 @@ class ModelCard:
         )
 
 
-def save_model(model: Sequencer2D, card: ModelCard, path: str | Path) -> None:
+def save_model(model: Sequencer2D, card: ModelCard, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes weights and card to one file, atomically.
 
+    Args:
+        model: In whatever precision.
+        card: Its description.
+        path: Of a `.safetensors` file.
+        dtype: Round weights and statistics to this type, such as `torch.bfloat16` for half the size. Whole numbers
+            stay, and `load_model` gives an fp32 model, of the rounded weights, in any case. Default: as they are.
+
     Raises:
-        ValueError: The card describes another architecture than the model's, or the model has been changed since it
-            was made, as by `quantize`.
+        ValueError: The card describes another architecture than the model's, the model has been changed since it was
+            made, as by `quantize`, or `dtype` is no type of floating point.
         OSError: The folder is missing or read-only, or the disk is full; an older file of that name stays whole.
     """
     if card.config != model.config:
         raise ValueError("the card describes another architecture than the model has; give it config=model.config")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a type of floating point, such as torch.bfloat16")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     with torch.device("meta"):
         names = Sequencer2D(model.config).state_dict().keys()
     if tensors.keys() != names:
@@ -92,7 +103,8 @@ def load_model(source: str | Path) -> tuple[Sequencer2D, ModelCard]:
 
     Args:
         source: A `.safetensors` file or a run folder of ours; a file of weights of the official code or of timm;
-            `hf-hub:user/name`, a repository of the Hugging Face hub; or a name of the zoo that has published weights.
+            `hf-hub:user/name`, a repository of the Hugging Face hub; or a name of the zoo that has weights, in the
+            package or published.
 
     Raises:
         FileNotFoundError: Nothing lies there, the folder holds no finished model, or there is no network.

@@ -1,12 +1,15 @@
 """The named variants, and `create_model`."""
 
 import difflib
+import json
 import logging
 import os
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import safe_open
 
 from sequencer2d.adapters import load_weights
 from sequencer2d.hub import PREFIX, download
@@ -178,6 +181,19 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+DEFAULT_MODEL = "sequencer2d_conv_t_patch4_32"
+"""What `sequencer2d predict` asks where no model is named: the package has its weights for CIFAR-10."""
+
+PACKAGED = Path(__file__).parent / "pretrained"
+"""Model files that are installed with the package, by the names of variants, and README.md, which describes them."""
+
+
+def packaged_file(name: str) -> Path | None:
+    """The model file of a variant in the package, or None."""
+    path = PACKAGED / f"{name}.safetensors"
+    return path if name in VARIANTS and path.is_file() else None
+
+
 TIMMS_OWN = {"sequencer2d_s", "sequencer2d_m", "sequencer2d_l"}
 
 
@@ -232,29 +248,33 @@ def create_model(
 
     Args:
         name: A name of `list_models()`.
-        pretrained: True: with the published weights, from the Hugging Face hub or its cache. Or where weights are: a
-            file of the official code's, timm's or ours, a run folder, another name that has published weights, or
-            `hf-hub:user/name`. Another number of classes or image channels is adapted to, with a word. Default:
-            freshly initialised.
+        pretrained: True: with the weights in the package, whose number of classes is then the default, else with the
+            published ones, from the Hugging Face hub or its cache. Or where weights are: a file of the official code's,
+            timm's or ours, a run folder, another name that has weights, or `hf-hub:user/name`. Another number of
+            classes or image channels is adapted to, with a word. Default: freshly initialised.
         backend: What runs the LSTMs: native (our CPU kernels), torch, or auto, the kernels where they are and fit.
         overrides: Arguments of `SequencerConfig`.
 
     Raises:
-        ValueError: No such variant, argument or backend, a value that does not fit the others, no published weights,
-            or weights of another architecture.
+        ValueError: No such variant, argument or backend, a value that does not fit the others, no weights in the
+            package or published, or weights of another architecture.
         FileNotFoundError: The weights are not there, or there is no network.
     """
     variant = get_variant(name)
-    config = get_config(name, **overrides)
-    if pretrained is True and not variant.hub_id:
-        raise ValueError(f"no weights of {name} are published ({_published()} have some); pass {_PRETRAINED_FILE}")
+    packaged = packaged_file(name) if pretrained is True else None
+    default_cfg = _packaged_cfg(variant, packaged) if packaged else variant.default_cfg()
+    config = get_config(name, **({"num_classes": default_cfg["num_classes"]} if packaged else {}) | overrides)
+    if pretrained is True and not packaged and not variant.hub_id:
+        raise ValueError(
+            f"no weights of {name} are in the package or published ({_published()} have some); pass {_PRETRAINED_FILE}"
+        )
     if not isinstance(pretrained, bool | str | Path) or pretrained == "":
         raise ValueError(f"pretrained={pretrained!r} must be True, False, or say where weights are: {_PRETRAINED_FILE}")
     model = Sequencer2D(config)
     set_backend(model, backend)
-    model.default_cfg = model.pretrained_cfg = variant.default_cfg()
+    model.default_cfg = model.pretrained_cfg = default_cfg
     if pretrained:
-        source = PREFIX + variant.hub_id if pretrained is True else pretrained
+        source = (packaged or PREFIX + variant.hub_id) if pretrained is True else pretrained
         path = find_model_file(source, instead=f"create_model(…, {_PRETRAINED_FILE})")
         notes = load_weights(model, path)
         log.info("weights of %s from %s%s", name, path, "".join(f"; {note}" for note in notes))
@@ -264,11 +284,23 @@ def create_model(
 _PRETRAINED_FILE = "pretrained='path/to/file'"
 
 
+def _packaged_cfg(variant: Variant, path: Path) -> dict[str, Any]:
+    """The `default_cfg` of a variant with the weights of a model file of ours."""
+    with safe_open(path, framework="pt") as file:
+        card = {name: json.loads(file.metadata()[name]) for name in ("class_names", "preprocessing")}
+    class_names, preprocessing = card["class_names"], card["preprocessing"]
+    image_size = preprocessing.pop("image_size")
+    config = replace(variant.config, num_classes=len(class_names))
+    own = replace(variant, config=config, image_size=image_size, hub_id="")
+    return {**own.default_cfg(), **preprocessing, "label_names": class_names}
+
+
 def find_model_file(source: str | Path, *, instead: str = "the path of the local file in its place") -> Path:
     """The file that a model's name means.
 
     Args:
-        source: A file; a run folder, or one of timm's; `hf-hub:user/name`; a name of the zoo with published weights.
+        source: A file; a run folder, or one of timm's; `hf-hub:user/name`; a name of the zoo that has weights, in the
+            package or published.
         instead: What a caller without a network is told to give.
 
     Raises:
@@ -279,10 +311,17 @@ def find_model_file(source: str | Path, *, instead: str = "the path of the local
     if text.startswith(PREFIX):
         return _download(text.removeprefix(PREFIX), instead)
     path = Path(source)
-    if not path.exists() and text in VARIANTS and VARIANTS[text].hub_id:
-        return _download(VARIANTS[text].hub_id, instead)
+    if not path.exists() and text in VARIANTS:
+        if packaged := packaged_file(text):
+            return packaged
+        if VARIANTS[text].hub_id:
+            return _download(VARIANTS[text].hub_id, instead)
+        raise FileNotFoundError(
+            f"no weights of {text} are in the package or published; "
+            f"give a model file, the folder of a run, {PREFIX}user/name, or one of {_published()}"
+        )
     if text and path.is_dir():
-        path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path / "model.safetensors")
+        path = model_in_folder(path) or path / "model.safetensors"
         if not path.is_file():
             raise FileNotFoundError(
                 f"{source} holds no model.safetensors; a run writes it when its training ends "
@@ -298,12 +337,17 @@ def find_model_file(source: str | Path, *, instead: str = "the path of the local
     return path
 
 
+def model_in_folder(folder: Path) -> Path | None:
+    """The file of weights in a folder, or None."""
+    return next((folder / name for name in _IN_FOLDERS if (folder / name).is_file()), None)
+
+
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 """Weights in a folder: ours and timm's, and timm's where it was told to write no safetensors."""
 
 
 def _published() -> str:
-    return ", ".join(name for name, variant in VARIANTS.items() if variant.hub_id)
+    return ", ".join(name for name, variant in VARIANTS.items() if variant.hub_id or packaged_file(name))
 
 
 def _download(repo_id: str, instead: str) -> Path:

@@ -1,0 +1,162 @@
+"""Puts the weights of a finished run into the package: `python docs/make_pretrained.py RUN_DIR VARIANT`.
+
+Rounds them to bfloat16, evaluates what is left on the run's validation images, and writes
+`src/sequencer2d/pretrained/VARIANT.safetensors` and its section of the README.md there. Test images are not read.
+"""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sequencer2d.data.catalog import DATA_NAMES
+from sequencer2d.evaluation import evaluate
+from sequencer2d.files import write_atomic
+from sequencer2d.model import Sequencer2D
+from sequencer2d.weights import ModelCard, load_model, save_model
+from sequencer2d.zoo import get_config
+
+FOLDER = Path(__file__).parent.parent / "src" / "sequencer2d" / "pretrained"
+MAX_BYTES = 8_000_000
+LICENSE = "Apache-2.0"
+PLACES = ("--run-dir", "--data-root")
+"""Options whose values are folders of the machine that trained."""
+
+
+def package(run_dir: Path, name: str) -> Path:
+    """Writes the file of a variant and its section; returns the file.
+
+    Raises:
+        FileNotFoundError, ModelFileError: The run is not finished.
+        ValueError: It is of another architecture, was made by uncommitted code, or its weights are too large.
+    """
+    model, card = load_model(run_dir)
+    if not (run_dir / "result.json").exists():
+        raise FileNotFoundError(f"{run_dir} has no result.json: continue the run with sequencer2d train --resume")
+    result = json.loads((run_dir / "result.json").read_text())
+    environment = json.loads((run_dir / "environment.json").read_text())
+    if environment["commit"].endswith("+"):
+        raise ValueError(f"{run_dir} was trained by code that is not committed: {environment['commit']}; train again")
+    check_architecture(card, name)
+    top1, num_val = rounded_accuracy(run_dir, model, card)
+    trained = {key: value for key, value in card.training.items() if key != "data_root"}
+    if trained["data"] not in DATA_NAMES:  # a path; and not the catalogue's images, whatever its last part is
+        del trained["data"]
+    card = replace(
+        card,
+        architecture=name,
+        training=trained
+        | {
+            "trained_on": result["evaluation"]["data"],
+            "num_val": num_val,
+            "num_test": result["evaluation"]["num_images"] if "test_top1" in trained else None,
+            "rounded_to": "bfloat16",
+            "rounded_val_top1": top1,
+            "command": portable(environment["command"]),
+            "commit": environment["commit"],
+            "license": LICENSE,
+        },
+    )
+    path = FOLDER / f"{name}.safetensors"
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        save_model(model, card, Path(folder, path.name), dtype=torch.bfloat16)
+        if Path(folder, path.name).stat().st_size > MAX_BYTES:
+            raise ValueError(f"the weights of {name} are above {MAX_BYTES / 1e6:.0f} MB; publish them on the hub")
+        Path(folder, path.name).replace(path)
+    write_section(path)
+    return path
+
+
+def check_architecture(card: ModelCard, name: str) -> None:
+    """Raises ValueError unless the weights fit the variant, whatever its classes."""
+    with torch.device("meta"):
+        shapes, wanted = (
+            {key: tensor.shape for key, tensor in Sequencer2D(config).state_dict().items()}
+            for config in (card.config, get_config(name, num_classes=card.config.num_classes))
+        )
+    if shapes != wanted:
+        raise ValueError(f"the run trained a {card.architecture} that is not as {name} is; name the variant that it is")
+
+
+def rounded_accuracy(run_dir: Path, model: Sequencer2D, card: ModelCard) -> tuple[float, int]:
+    """Of the rounded weights, on the images that the run kept for validation; and the number of these."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, card, Path(folder, "model.safetensors"), dtype=torch.bfloat16)
+        shutil.copy(run_dir / "split.json", folder)  # by which evaluation makes sure that the images are the same
+        found = evaluate(folder, split="val")
+    return found.top1, found.num_images
+
+
+def portable(command: str) -> str:
+    """The command of a run without its program's path and the folders of its machine.
+
+    Example: `portable("/usr/bin/sequencer2d train --run-dir /tmp/x --seed 1") == "sequencer2d train --seed 1"`
+    """
+    _, *words = shlex.split(command)
+    kept = []
+    words_left = iter(words)
+    for word in words_left:
+        if word in PLACES:
+            next(words_left, None)
+        elif not word.startswith(tuple(f"{option}=" for option in PLACES)):
+            kept.append(re.sub(r"^(--[^=]+=)?/.*?([^/]+)/*$", r"\1path/to/\2", word))
+    return shlex.join(["sequencer2d", *kept])
+
+
+def section(path: Path) -> str:
+    """What the README says of a packaged file, from its card."""
+    model, card = load_model(path)
+    trained: dict[str, Any] = card.training
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    test = "none"
+    if trained["num_test"]:
+        test = f"{trained['test_top1']:.2%} of {trained['num_test']:,} images, read once, before rounding"
+    names = ", ".join(card.class_names[:20]) + (", …" if len(card.class_names) > 20 else "")
+    rows = {
+        "classes": f"{len(card.class_names)}: {names}",
+        "images": f"{card.preprocessing.image_size}² pixels, RGB",
+        "parameters": f"{parameters / 1e6:.2f} M, {path.stat().st_size / 1e6:.2f} MB",
+        "data": trained["trained_on"],
+        "command": f"`{trained['command']}`",
+        "commit": trained["commit"],
+        "validation accuracy": f"{trained['rounded_val_top1']:.2%} of {trained['num_val']:,} images, by which training "
+        f"chose its weights; {trained['val_top1']:.2%} before rounding",
+        "test accuracy": test,
+        "limits": LIMITS.get(trained["trained_on"], "as of any classifier: images unlike its data are guessed at"),
+        "license": trained["license"],
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"## {path.stem}\n\n| | |\n| --- | --- |\n{table}"
+
+
+LIMITS = {
+    "digits": "single digits of 8×8 grey levels (scikit-learn), light on dark, that fill the image; others guessed at",
+    "cifar10": "small photographs with one object in the middle; larger ones are shrunk to 32², others guessed at",
+}
+
+
+def write_section(path: Path) -> None:
+    """Puts the section of a packaged file into the README beside it, in place of an older one."""
+    page = path.with_name("README.md")
+    head, *sections = re.split(r"^(?=## )", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    by_name = {text.partition("\n")[0]: text.rstrip() + "\n" for text in [*sections, section(path)]}
+    write_atomic(page, "\n".join([head.rstrip() + "\n", *(by_name[name] for name in sorted(by_name))]))
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 2:
+        raise SystemExit("usage: python docs/make_pretrained.py RUN_DIR VARIANT")
+    path = package(Path(arguments[0]), arguments[1])
+    print(section(path), end="")
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,24 @@
+"""From the pixels of a batch to what a model answers."""
+
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from sequencer2d.data.transforms import normalize
+from sequencer2d.model import Sequencer2D
+from sequencer2d.preprocessing import Preprocessing
+
+
+def answer(
+    model: Sequencer2D, pixels: UInt8[Tensor, "B H W C"], preprocessing: Preprocessing, *, flips: bool = False
+) -> Float[Tensor, "B K"]:
+    """Logits in fp32.
+
+    Args:
+        model: In evaluation mode, on the device of the pixels.
+        pixels: As `EvalTransform` gives them.
+        preprocessing: Mean and standard deviation.
+        flips: Average the logits of each image and its mirror image, left for right.
+    """
+    images = normalize(pixels, preprocessing)
+    logits = model(images).float()
+    return (logits + model(images.flip(3)).float()) / 2 if flips else logits
