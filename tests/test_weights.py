@@ -93,6 +93,13 @@ def test_the_file_describes_all_that_prediction_needs(saved: Path, card: ModelCa
         assert json.loads(metadata[kind]) == plain
 
 
+def test_a_file_from_before_an_option_loads_with_what_it_was_made_by(saved: Path, model: Sequencer2D) -> None:
+    config = json.loads(read(saved)[1]["config"])
+    del config["drop_path_decay"], config["init"]
+    rewrite(saved, config=json.dumps(config))
+    assert load_model(saved)[0].config == model.config
+
+
 def test_a_card_needs_a_name_for_every_class(card: ModelCard) -> None:
     with pytest.raises(ValueError, match="2 class names for num_classes=5"):
         replace(card, class_names=("a", "b"))
