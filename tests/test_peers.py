@@ -72,6 +72,13 @@ def test_convolutions_lie_channels_last() -> None:
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has fast fused attention")
+def test_attention_on_the_cpu_is_not_fused(vit: Peer) -> None:
+    layers = [module for module in vit.modules() if hasattr(module, "fused_attn")]
+    assert len(layers) == 2
+    assert not any(layer.fused_attn for layer in layers)
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "resnet18"])
 def test_a_small_stem_keeps_the_resolution(name: str) -> None:
     usual, small = (Peer(config(name, small_stem=stem)).module for stem in (False, True))
