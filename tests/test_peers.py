@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import sequencer2d.registry  # noqa: F401 - our variants are known to timm then
@@ -55,7 +56,7 @@ def test_it_computes_what_timm_computes(name: str) -> None:
     torch.manual_seed(0)
     peer = Peer(config(name, drop_path_rate=0.1)).eval()
     torch.manual_seed(0)
-    size = {"img_size": 32} if peer.fixed_size else {}
+    size: dict[str, Any] = {"img_size": 32} if peer.fixed_size else {}
     theirs = timm.create_model(name, num_classes=3, drop_path_rate=0.1, **size).eval()
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(peer(image), theirs(image), rtol=1e-4, atol=1e-5)
@@ -182,8 +183,6 @@ def test_a_file_cannot_have_another_one_loaded(vit: Peer, tmp_path: Path) -> Non
     path = tmp_path / "model.safetensors"
     described = card(vit).to_metadata()
     described["config"] = json.dumps({**json.loads(described["config"]), "args": {"checkpoint_path": "evil.pth"}})
-    from safetensors.torch import save_file
-
     save_file({"x": torch.zeros(1)}, path, described)
     with pytest.raises(ModelFileError, match=r"checkpoint_path='evil\.pth' is not for"):
         load_model(path)

@@ -117,7 +117,7 @@ class Peer(nn.Module):
         if not torch.cuda.is_available():
             for module in self.modules():
                 if hasattr(module, "fused_attn"):
-                    module.fused_attn = False
+                    module.fused_attn = False  # type: ignore[assignment]
         self.fixed_size = takes_size and not config.args.get("dynamic_img_size", False)
         """Whether it takes images of one size only."""
 
@@ -236,7 +236,7 @@ def _give_small_stem(model: nn.Module, name: str) -> None:
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm does
     else:  # three convolutions of 3×3, the first of which has a stride
-        model.conv1[0].stride = (1, 1)
+        model.conv1[0].stride = (1, 1)  # type: ignore[index]
     model.maxpool = nn.Identity()
 
 
