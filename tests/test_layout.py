@@ -19,6 +19,7 @@ TIERS: list[set[str]] = [
     {"cores", "files", "hub", "layers", "preprocessing"},
     {"model"},
     {"adapters", "flops", "quantization"},
+    {"peers"},
     {"zoo"},
     {"registry", "weights"},
     {"data"},

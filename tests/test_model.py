@@ -103,14 +103,36 @@ def test_every_layer_norm_has_the_official_epsilon() -> None:
     assert {norm.eps for norm in norms} == {1e-6}
 
 
-def test_stochastic_depth_grows_linearly_over_all_blocks(tiny_config: SequencerConfig) -> None:
-    model = Sequencer2D(replace(tiny_config, layers=(2, 3), drop_path_rate=0.2))
-    rates = [
+def test_layers_may_begin_as_pytorch_makes_them(tiny_config: SequencerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny_config, **CONV_STEM, init="torch")
+    torch.manual_seed(0)
+    model = Sequencer2D(config)
+    with_positions = Sequencer2D(replace(config, pos_embed_size=(4, 4)))
+    monkeypatch.setattr(Sequencer2D, "init_weights", lambda self: None)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model.state_dict(), Sequencer2D(config).state_dict(), rtol=0, atol=0)
+    assert model.get_parameter("head.fc.weight").any()
+    model.reset_classifier(7)
+    assert model.get_parameter("head.fc.weight").any()
+    assert with_positions.get_parameter("pos_embed.weight").std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def stochastic_depths(model: Sequencer2D) -> list[float]:
+    return [
         block.drop_path.drop_prob if isinstance(block.drop_path, DropPath) else 0.0
         for stage in model.stages
         for block in stage.blocks  # type: ignore[union-attr]
     ]
-    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_stochastic_depth_grows_linearly_over_all_blocks(tiny_config: SequencerConfig) -> None:
+    model = Sequencer2D(replace(tiny_config, layers=(2, 3), drop_path_rate=0.2))
+    assert stochastic_depths(model) == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_stochastic_depth_may_be_the_same_in_all_blocks(tiny_config: SequencerConfig) -> None:
+    model = Sequencer2D(replace(tiny_config, drop_path_rate=0.2, drop_path_decay=False))
+    assert stochastic_depths(model) == pytest.approx([0.2] * 4)
 
 
 def test_stochastic_depth_of_a_single_block_is_zero(tiny_config: SequencerConfig) -> None:

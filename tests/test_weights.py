@@ -17,6 +17,7 @@ from torch import nn
 from sequencer2d import files
 from sequencer2d.adapters import ModelFileError
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.peers import build_model
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.weights import FORMAT, ModelCard, load_model, load_weights_into, save_model
 from sequencer2d.zoo import create_model
@@ -39,6 +40,7 @@ def card(tiny_config: SequencerConfig) -> ModelCard:
 def model(card: ModelCard) -> Sequencer2D:
     """With no two parameters alike, and running statistics that are not the initial ones."""
     torch.manual_seed(0)
+    assert isinstance(card.config, SequencerConfig)
     model = Sequencer2D(card.config)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
@@ -91,6 +93,13 @@ def test_the_file_describes_all_that_prediction_needs(saved: Path, card: ModelCa
         values = {field.name: getattr(described, field.name) for field in fields(described)}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         assert json.loads(metadata[kind]) == plain
+
+
+def test_a_file_from_before_an_option_loads_with_what_it_was_made_by(saved: Path, model: Sequencer2D) -> None:
+    config = json.loads(read(saved)[1]["config"])
+    del config["drop_path_decay"], config["init"]
+    rewrite(saved, config=json.dumps(config))
+    assert load_model(saved)[0].config == model.config
 
 
 def test_a_card_needs_a_name_for_every_class(card: ModelCard) -> None:
@@ -255,7 +264,7 @@ def test_a_full_disk_leaves_the_old_model_whole(
 
     monkeypatch.setattr(files.os, step, fail)
     with pytest.raises(OSError, match="No space left"):
-        save_model(Sequencer2D(card.config), replace(card, training={}), saved)
+        save_model(build_model(card.config), replace(card, training={}), saved)
     loaded, loaded_card = load_model(saved)
     assert_same_weights(loaded, model)
     assert loaded_card == card
@@ -273,7 +282,7 @@ def test_a_read_only_folder_leaves_the_old_model_whole(saved: Path, model: Seque
 
 
 def test_weights_for_the_same_classes_bring_the_head(saved: Path, model: Sequencer2D, card: ModelCard) -> None:
-    fresh = Sequencer2D(card.config)
+    fresh = build_model(card.config)
     assert load_weights_into(fresh, saved, CLASSES) == []
     assert_same_weights(fresh, model)
 
@@ -284,7 +293,7 @@ def test_weights_for_the_same_classes_bring_the_head(saved: Path, model: Sequenc
 def test_weights_for_other_classes_leave_the_head_as_it_began(
     classes: tuple[str, ...], saved: Path, model: Sequencer2D, card: ModelCard
 ) -> None:
-    fresh = Sequencer2D(replace(card.config, num_classes=len(classes)))
+    fresh = build_model(replace(card.config, num_classes=len(classes)))
     assert load_weights_into(fresh, saved, classes) == ["classifier of 5 other classes begun anew"]
     for name, tensor in fresh.state_dict().items():
         expected = torch.zeros_like(tensor) if name.startswith("head") else model.state_dict()[name]
@@ -304,7 +313,7 @@ def test_weights_for_other_classes_leave_the_head_as_it_began(
 def test_weights_of_another_architecture_are_an_error_that_names_the_parameter(
     change: dict[str, Any], parameter: str, saved: Path, card: ModelCard
 ) -> None:
-    other = Sequencer2D(replace(card.config, **change))
+    other = build_model(replace(card.config, **change))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ModelFileError, match=parameter):
         load_weights_into(other, saved, CLASSES)

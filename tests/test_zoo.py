@@ -107,6 +107,8 @@ OTHER_TYPES = {
     "get_config(S, num_classes=True)": "num_classes=True must be a whole number",
     "get_config(S, in_chans=None)": "in_chans=None must be a whole number",
     "get_config(S, shuffle='no')": "shuffle='no' must be True or False",
+    "get_config(S, init='zero')": "init='zero' must be 'official' or 'torch'",
+    "get_config(S, drop_path_decay=0)": "drop_path_decay=0 must be True or False",
     "get_config(S, shuffle=1)": "shuffle=1 must be True or False",
     "get_config(S, drop_rate='0.1')": "drop_rate='0.1' must be a number",
     "get_config(S, mixer=None)": "mixer=None must be a text",

@@ -18,6 +18,7 @@ from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.inference import answer
 from sequencer2d.model import Sequencer2D
+from sequencer2d.peers import Classifier
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.quantization import quantize
 from sequencer2d.weights import ModelCard, load_model
@@ -114,6 +115,8 @@ def evaluate(
         check_split(run_dir, images)
     chosen = split or ("test" if images.test else "val")
     if precision == "int8":
+        if not isinstance(network, Sequencer2D):
+            raise ValueError(f"{model} is a {card.architecture}, and int8 is for Sequencers; give --precision bf16")
         others = images.train if chosen == "val" else images.val
         network = quantize(network, calibration_images(others, preprocessing))
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -199,7 +202,7 @@ class Answers:
 
 @torch.inference_mode()
 def evaluate_images(
-    model: Sequencer2D,
+    model: Classifier,
     preprocessing: Preprocessing,
     images: ImageSet,
     *,

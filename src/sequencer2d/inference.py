@@ -4,12 +4,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sequencer2d.data.transforms import normalize
-from sequencer2d.model import Sequencer2D
+from sequencer2d.peers import Classifier
 from sequencer2d.preprocessing import Preprocessing
 
 
 def answer(
-    model: Sequencer2D, pixels: UInt8[Tensor, "B H W C"], preprocessing: Preprocessing, *, flips: bool = False
+    model: Classifier, pixels: UInt8[Tensor, "B H W C"], preprocessing: Preprocessing, *, flips: bool = False
 ) -> Float[Tensor, "B K"]:
     """Logits in fp32.
 

@@ -66,6 +66,10 @@ class SequencerConfig:
     """Dropout inside the MLPs."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    drop_path_decay: bool = True
+    """Off: the full rate in every block, as timm's Sequencer has it."""
+    init: Literal["official", "torch"] = "official"
+    """Initial weights: the official code's, or PyTorch's defaults in every layer, the head among them."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -84,6 +88,8 @@ class SequencerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         if self.mixer not in MIXERS:
             raise ValueError(f"mixer={self.mixer!r} is unknown; there are {', '.join(MIXERS)}")
+        if self.init not in ("official", "torch"):
+            raise ValueError(f"init={self.init!r} must be 'official' or 'torch'")
         if self.global_pool not in ("avg", ""):
             raise ValueError(f"global_pool={self.global_pool!r} must be 'avg' or ''")
         if not self.global_pool and self.num_classes:
@@ -190,7 +196,8 @@ class Sequencer2D(nn.Module):
 
     @staticmethod
     def _stages(config: SequencerConfig) -> Iterator[Stage]:
-        drop_paths = iter(torch.linspace(0, config.drop_path_rate, sum(config.layers), device="cpu").tolist())
+        first = 0.0 if config.drop_path_decay else config.drop_path_rate
+        drop_paths = iter(torch.linspace(first, config.drop_path_rate, sum(config.layers), device="cpu").tolist())
         previous_dim = config.embed_dims[0]
         for i, dim in enumerate(config.embed_dims):
             downsample = Downsample2D(previous_dim, dim, config.patch_sizes[i]) if i else nn.Identity()
@@ -209,7 +216,7 @@ class Sequencer2D(nn.Module):
             previous_dim = dim
 
     def init_weights(self) -> None:
-        """Initialises all parameters as the official code does (models/two_dim_sequencer.py).
+        """Initialises all parameters as the official code does (models/two_dim_sequencer.py), or `config.init`.
 
         | parameter                     | weight                  | bias                |
         | ----------------------------- | ----------------------- | ------------------- |
@@ -220,9 +227,15 @@ class Sequencer2D(nn.Module):
         | norms                         | 1                       | 0                   |
         | head                          | 0                       | 0                   |
         | position embedding            | normal, std 0.02        |                     |
+
+        With `init="torch"` only the position embedding, for which PyTorch has no default, is set here.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, PositionEmbedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            elif self.config.init == "torch":
+                continue
+            elif isinstance(module, nn.Conv2d):
                 lecun_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -238,8 +251,6 @@ class Sequencer2D(nn.Module):
                 nn.init.normal_(module.bias, std=1e-6 if "mlp" in name else 0.0)
             elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
                 module.reset_parameters()
-            elif isinstance(module, PositionEmbedding):
-                nn.init.trunc_normal_(module.weight, std=0.02)
 
     @property
     def num_classes(self) -> int:
@@ -320,12 +331,13 @@ class Sequencer2D(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: Literal["avg", ""] | None = None) -> None:
-        """A new head, of zeros as at first, for other classes; 0 for none, then pooled features come out."""
+        """A new head, initialised as the first one, for other classes; 0 for none: pooled features come out."""
         pool = self.config.global_pool if global_pool is None else global_pool
         self.config = replace(self.config, num_classes=num_classes, global_pool=pool)
         self.head.reset(num_classes, pool)
-        for parameter in self.head.fc.parameters():
-            nn.init.zeros_(parameter)
+        if self.config.init == "official":
+            for parameter in self.head.fc.parameters():
+                nn.init.zeros_(parameter)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns of parameter names from the input to the output, for layer-wise learning rates."""

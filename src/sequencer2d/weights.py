@@ -19,6 +19,7 @@ from sequencer2d.adapters import ModelFileError, fit, infer_config, is_pickle, r
 from sequencer2d.files import write_atomic
 from sequencer2d.hub import PREFIX, upload
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.peers import Classifier, Peer, PeerConfig, build_model, fit_peer, is_peer
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.zoo import VARIANTS, find_model_file, timm_name
 
@@ -32,8 +33,8 @@ class ModelCard:
     """What travels with the weights."""
 
     architecture: str
-    """Name of the variant that `config` was derived from."""
-    config: SequencerConfig
+    """Name of the variant that `config` was derived from, or `timm/NAME`."""
+    config: SequencerConfig | PeerConfig
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
     training: dict[str, Any] = field(default_factory=dict)
@@ -59,14 +60,16 @@ class ModelCard:
         """The inverse of `to_metadata`. Raises ValueError, KeyError or TypeError for metadata of another shape."""
         return cls(
             architecture=metadata["architecture"],
-            config=_dataclass_from_json(SequencerConfig, metadata["config"]),
+            config=_dataclass_from_json(
+                PeerConfig if is_peer(metadata["architecture"]) else SequencerConfig, metadata["config"]
+            ),
             class_names=tuple(json.loads(metadata["class_names"])),
             preprocessing=_dataclass_from_json(Preprocessing, metadata["preprocessing"]),
             training=json.loads(metadata["training"]),
         )
 
 
-def save_model(model: Sequencer2D, card: ModelCard, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Classifier, card: ModelCard, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes weights and card to one file, atomically.
 
     Args:
@@ -88,8 +91,10 @@ def save_model(model: Sequencer2D, card: ModelCard, path: str | Path, *, dtype: 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    with torch.device("meta"):
-        names = Sequencer2D(model.config).state_dict().keys()
+    names = tensors.keys()
+    if isinstance(model, Sequencer2D):
+        with torch.device("meta"):
+            names = Sequencer2D(model.config).state_dict().keys()
     if tensors.keys() != names:
         raise ValueError(
             f"the model has not the weights of its architecture (such as {min(tensors.keys() ^ names)}); "
@@ -98,8 +103,8 @@ def save_model(model: Sequencer2D, card: ModelCard, path: str | Path, *, dtype: 
     write_atomic(Path(path), save(tensors, metadata=card.to_metadata()))
 
 
-def load_model(source: str | Path) -> tuple[Sequencer2D, ModelCard]:
-    """A model in evaluation mode on the CPU, and its card.
+def load_model(source: str | Path) -> tuple[Classifier, ModelCard]:
+    """A model in evaluation mode on the CPU, and its card: a Sequencer, or what was trained to compare with.
 
     Args:
         source: A `.safetensors` file or a run folder of ours; a file of weights of the official code or of timm;
@@ -113,7 +118,7 @@ def load_model(source: str | Path) -> tuple[Sequencer2D, ModelCard]:
     return _load(find_model_file(source))
 
 
-def _load(path: Path) -> tuple[Sequencer2D, ModelCard]:
+def _load(path: Path) -> tuple[Classifier, ModelCard]:
     metadata = _metadata(path)
     if metadata is None or "format" not in metadata or metadata["format"] == "pt":
         return _load_foreign(path)
@@ -122,7 +127,7 @@ def _load(path: Path) -> tuple[Sequencer2D, ModelCard]:
         raise ModelFileError(f"{path} is of format {metadata['format']!r}; {hint}")
     try:
         card = ModelCard.from_metadata(metadata)
-        model = Sequencer2D(card.config)
+        model = build_model(card.config)
         with safe_open(path, framework="pt") as file:
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -212,7 +217,7 @@ def _class_names(count: int) -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names() if count == 1000 else map(str, range(count)))
 
 
-def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple[str, ...]) -> list[str]:
+def load_weights_into(model: Classifier, source: str | Path, class_names: tuple[str, ...]) -> list[str]:
     """Copies the weights of a model to start a training from; returns what had to be changed, in words.
 
     The classifier is copied only where the class names are the same.
@@ -222,7 +227,7 @@ def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple
     """
     donor, card = load_model(source)
     try:
-        state, notes = fit(donor.state_dict(), model, same_classes=card.class_names == class_names)
+        state, notes = _fitted(donor, model, same_classes=card.class_names == class_names)
     except ModelFileError as error:
         raise ModelFileError(
             f"{source} is a {card.architecture}: {error}: train the same --model and --model-args"
@@ -231,7 +236,15 @@ def load_weights_into(model: Sequencer2D, source: str | Path, class_names: tuple
     return notes
 
 
-def from_pretrained(repo_id: str) -> tuple[Sequencer2D, ModelCard]:
+def _fitted(donor: Classifier, model: Classifier, *, same_classes: bool) -> tuple[dict[str, torch.Tensor], list[str]]:
+    if isinstance(donor, Sequencer2D) and isinstance(model, Sequencer2D):
+        return fit(donor.state_dict(), model, same_classes=same_classes)
+    if isinstance(donor, Peer) and isinstance(model, Peer) and donor.config.name == model.config.name:
+        return fit_peer(donor, model, same_classes=same_classes)
+    raise ModelFileError("the model to train is another")
+
+
+def from_pretrained(repo_id: str) -> tuple[Classifier, ModelCard]:
     """The model of a repository on the Hugging Face hub, ours or timm's; the same as `load_model("hf-hub:…")`.
 
     Raises:
@@ -253,9 +266,14 @@ def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False) -> s
 
     Raises:
         FileNotFoundError, ModelFileError: As `load_model`.
+        ValueError: It is a model of timm's.
         OSError: The hub refuses or cannot be reached; the message says why.
     """
     model, card = load_model(source)
+    if isinstance(card.config, PeerConfig):
+        raise ValueError(
+            f"{source} is a {card.architecture}: timm puts its models on the hub (timm.models.push_to_hf_hub)"
+        )
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, card, Path(folder, "model.safetensors"))
         Path(folder, "config.json").write_text(json.dumps(_timm_config(card), indent=2), encoding="utf-8")
@@ -265,6 +283,7 @@ def push_to_hub(source: str | Path, repo_id: str, *, private: bool = False) -> s
 
 def _timm_config(card: ModelCard) -> dict[str, Any]:
     """As timm writes it (timm/models/_hub.py, `save_config_for_hf`)."""
+    assert isinstance(card.config, SequencerConfig)
     name = _variant_name(card.config) or _BASE
     variant = VARIANTS[name]
     own = replace(variant, config=card.config, image_size=card.preprocessing.image_size, hub_id="")

@@ -15,6 +15,7 @@ from sequencer2d.adapters import load_weights
 from sequencer2d.hub import PREFIX, download
 from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.peers import is_peer
 from sequencer2d.preprocessing import Preprocessing
 
 log = logging.getLogger("sequencer2d")
@@ -215,6 +216,8 @@ def get_variant(name: str) -> Variant:
     """
     if not isinstance(name, str):
         raise ValueError(f"a model is named by a text such as 'sequencer2d_s', not by {name!r}")
+    if is_peer(name):
+        raise ValueError(f"{name} is a model of timm's, which `sequencer2d train` takes; this is for Sequencers")
     if name not in VARIANTS:
         near = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(VARIANTS)}"

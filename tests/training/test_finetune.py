@@ -176,6 +176,7 @@ def test_a_run_s_weights_are_enough_to_start_from(config: TrainConfig, tmp_path:
     model, card = load_model(train(plain).run_dir)
     assert card.preprocessing.image_size == 16
     assert card.class_names == ("cyan", "pink")
+    assert isinstance(model.config, SequencerConfig)
     assert model.config.embed_dims == (8, 8)
 
 

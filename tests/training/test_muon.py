@@ -63,15 +63,22 @@ def test_a_position_embedding_is_no_matrix() -> None:
     assert (group["weight_decay"], group["maps"]) == (0.0, 0)
 
 
+class Cells(nn.ModuleDict):
+    """Some layers and a head."""
+
+    def get_classifier(self) -> nn.Module:
+        return self["head"]
+
+
 @pytest.mark.parametrize(("cell", "gates"), [(nn.GRU, 3), (nn.RNN, 1)])
 def test_other_cells_have_other_gates(cell: Callable[[int, int], nn.Module], gates: int) -> None:
-    model = nn.ModuleDict({"cell": cell(4, 2), "head": nn.Linear(2, 2)})
+    model = Cells({"cell": cell(4, 2), "head": nn.Linear(2, 2)})
     assert {group["maps"] for group in muon_groups(model, 0.1)} == {0, gates}
 
 
 def test_the_gates_of_an_lstm_are_steps_of_their_own() -> None:
     torch.manual_seed(0)
-    model = nn.ModuleDict({"lstm": nn.LSTM(6, 3), "mlp": nn.Linear(6, 3, bias=False), "head": nn.Identity()})
+    model = Cells({"lstm": nn.LSTM(6, 3), "mlp": nn.Linear(6, 3, bias=False), "head": nn.Identity()})
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

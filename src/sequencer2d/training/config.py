@@ -61,12 +61,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Trains a Sequencer2D. Without any option: the embedded digits, on the CPU, in about a minute."""
+    """Trains a Sequencer2D, or timm/NAME to compare it with. Without any option: the embedded digits."""
 
     model: str = "auto"
-    """A name from `sequencer2d models`, or auto: that of --weights, or else by the size of the images."""
+    """A name from `sequencer2d models`, timm/NAME, or auto: that of --weights, or else by the size of the images."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Changes to the architecture, such as --model-args.drop_path_rate 0.1 or --model-args.layers [2,2]."""
+    """Changes to the architecture, such as --model-args.drop_path_rate 0.1; of timm/NAME those of timm's."""
     weights: str | None = None
     """Start from this run folder or file (ours, timm's, the official code's), hf-hub:user/name, or published name."""
     data: str = "digits"

@@ -22,7 +22,8 @@ _ITERATIONS = 5
 def muon_groups(model: nn.Module, weight_decay: float, no_weight_decay: Collection[str] = ()) -> list[dict[str, Any]]:
     """Parameter groups for `Muon`: AdamW's, and matrices by the number of maps that are stacked in them.
 
-    AdamW takes biases, norms and the parameters named in `no_weight_decay`, which are not decayed, and the classifier.
+    AdamW takes biases, norms and the parameters named in `no_weight_decay`, which are not decayed, and the classifier,
+    which the model's `get_classifier()` tells, as timm's do.
     """
     gates: dict[int, int] = {}
     for module in model.modules():
@@ -30,7 +31,7 @@ def muon_groups(model: nn.Module, weight_decay: float, no_weight_decay: Collecti
             count = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
             gates |= {id(weight): count for weight in module.parameters() if weight.ndim == 2}
     vectors = {id(model.get_parameter(name)) for name in no_weight_decay}
-    vectors |= {id(parameter) for parameter in model.get_submodule("head").parameters()}
+    vectors |= {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
     groups: dict[tuple[float, int], list[Tensor]] = defaultdict(list)
     for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_weight_decay):
         for parameter in group["params"]:

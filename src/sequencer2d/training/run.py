@@ -28,6 +28,7 @@ from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
+from sequencer2d.peers import Classifier, Peer, is_peer, usual_input
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.batch_size import SMALLEST, find_batch_size
 from sequencer2d.training.callbacks import (
@@ -59,6 +60,7 @@ from sequencer2d.training.machine import (
     settled,
     tune_allocator,
 )
+from sequencer2d.training.models import check_peer, new_model
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
 from sequencer2d.training.run_folder import (
     changed_fields,
@@ -75,7 +77,7 @@ from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_mo
 from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
 from sequencer2d.visualize.report import Sample, write_report
 from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
-from sequencer2d.zoo import create_model, get_variant
+from sequencer2d.zoo import get_variant
 
 log = logging.getLogger("sequencer2d")
 
@@ -180,7 +182,7 @@ def replay_fault(path: str | Path) -> list[float]:
     config = load_run_config(path.parent.parent)
     if config.distill.teacher:
         raise ValueError(f"{path} cannot be replayed: the run had a teacher, {config.distill.teacher}")
-    model = create_model(config.model, **{**config.model_args, "num_classes": facts["num_classes"]})
+    model = new_model(config, facts["num_classes"])
     model.load_state_dict(state)
     ranks = Ranks(rank=facts["rank"])
     task = SequencerTask(model.train(), config, _preprocessing(config), facts["batches_per_epoch"], ranks=ranks)
@@ -191,7 +193,7 @@ def replay_fault(path: str | Path) -> list[float]:
     return losses
 
 
-def _result(run: "_Run", model: Sequencer2D, task: SequencerTask, *, finished: bool) -> TrainResult:
+def _result(run: "_Run", model: Classifier, task: SequencerTask, *, finished: bool) -> TrainResult:
     return TrainResult(
         run_dir=run.run_dir,
         finished=finished,
@@ -237,16 +239,17 @@ class _Run:
             return images
         return images.subset([i for i in range(len(images)) if images.name(i) not in self.left_out])
 
-    def create_model(self) -> Sequencer2D:
+    def create_model(self) -> Classifier:
         pl.seed_everything(self.config.seed, verbose=False)  # the same weights on every rank
-        arguments = {"num_classes": len(self.data.class_names), **self.config.model_args}
-        model = create_model(self.config.model, backend=self.config.backend, **arguments)
-        if model.config.num_classes != len(self.data.class_names):
+        model = new_model(self.config, len(self.data.class_names), backend=self.config.backend)
+        if isinstance(model, Peer):
+            check_peer(model, self.config, self.ranks)
+        elif model.config.num_classes != len(self.data.class_names):
             raise ValueError(
                 f"model_args.num_classes={model.config.num_classes}, but {self.data.name} has "
                 f"{len(self.data.class_names)} classes; leave it out"
             )
-        if model.config.in_chans != 3:
+        elif model.config.in_chans != 3:
             raise ValueError(f"model_args.in_chans={model.config.in_chans}, but images are read as RGB; leave it out")
         if self.config.weights:
             notes = load_weights_into(model, self.config.weights, self.data.class_names)
@@ -263,7 +266,7 @@ class _Run:
             write_atomic(self.run_dir / "left_out.json", json.dumps(self.left_out, indent=2))
         write_atomic(self.run_dir / "environment.json", json.dumps(describe_machine(), indent=2))
 
-    def card(self, model: Sequencer2D, results: dict[str, Any]) -> ModelCard:
+    def card(self, model: Classifier, results: dict[str, Any]) -> ModelCard:
         origin = {name: getattr(self.config, name) for name in ("data", "data_root", "val_fraction", "seed")}
         origin["split_seed"] = self.config.seed_of_split
         return ModelCard(
@@ -275,7 +278,7 @@ class _Run:
         )
 
     def save_weights(
-        self, model: Sequencer2D, task: SequencerTask, validation: dict[str, float], *, which: str, name: str
+        self, model: Classifier, task: SequencerTask, validation: dict[str, float], *, which: str, name: str
     ) -> None:
         """Writes a model file of the run, with how it did in the validation that belongs to it."""
         results = {
@@ -295,10 +298,13 @@ def _load_data(config: TrainConfig) -> ImageData:
 def _resolve(config: TrainConfig, data: ImageData, ranks: Ranks) -> TrainConfig:
     config = follow_weights(config)
     name = config.model if config.model != "auto" else _default_model(data)
-    variant = get_variant(name)
-    image_size = config.image_size or variant.image_size
+    if is_peer(name):
+        usual_size, usual_crop = _usual_input(name, data)
+    else:
+        usual_size, usual_crop = get_variant(name).image_size, get_variant(name).crop_pct
+    image_size = config.image_size or usual_size
     small = image_size <= SMALL_IMAGE_SIZE
-    crop_pct = config.crop_pct or (1.0 if small else variant.crop_pct)
+    crop_pct = config.crop_pct or (1.0 if small else usual_crop)
 
     def resolved(batch_size: int) -> TrainConfig:
         numbered = replace(config, batch_size=batch_size)
@@ -315,7 +321,7 @@ def _resolve(config: TrainConfig, data: ImageData, ranks: Ranks) -> TrainConfig:
 
 def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str) -> Iterator[TrainConfig]:
     """Of the runs that a config may be meant to continue, which have found their batch size."""
-    stem = f"runs/{data_name}-{model_name}"
+    stem = f"runs/{data_name}-{model_name.replace('/', '-')}"
     for run_dir in map(Path, [config.run_dir] if config.run_dir else numbered(stem)):
         if (run_dir / "config.yaml").exists():
             yield load_run_config(run_dir)
@@ -326,7 +332,7 @@ def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str)
 def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -> int:
     """For all processes together, by trying in this one."""
     classes = len(data.class_names)
-    model = create_model(config.model, **{"num_classes": classes, **config.model_args})
+    model = new_model(config, classes)
     freeze(model, config.finetune.freeze)
     _prepare(model, config)
     teacher = load_teacher(config.distill, data.class_names)
@@ -339,8 +345,10 @@ def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -
     return found.batch_size * num_processes
 
 
-def _prepare(model: Sequencer2D, config: TrainConfig) -> None:
-    if torch.cuda.is_available():  # cuDNN's convolutions read and write this order fastest
+def _prepare(model: Classifier, config: TrainConfig) -> None:
+    if torch.cuda.is_available() and isinstance(
+        model, Sequencer2D
+    ):  # cuDNN's convolutions read and write this order fastest
         model.stem.to(memory_format=torch.channels_last)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -371,6 +379,13 @@ def _default_model(data: ImageData) -> str:
     raise ValueError(f"none of the first 100 training images of {data.name} can be read; check the folder")
 
 
+def _usual_input(name: str, data: ImageData) -> tuple[int, float]:
+    """Image size and crop for a peer: for small images those that a Sequencer would have, else timm's."""
+    own = usual_input(name)
+    ours = get_variant(_default_model(data))
+    return (ours.image_size, ours.crop_pct) if ours.image_size <= SMALL_IMAGE_SIZE else own
+
+
 _MODEL_BY_SIDE: list[tuple[float, str]] = [
     (20, "sequencer2d_conv_p_patch2_16"),
     (48, "sequencer2d_conv_t_patch4_32"),
@@ -395,7 +410,7 @@ def _precision(config: TrainConfig, run_dir: Path) -> Precision:
 
 
 def _fit(
-    run: _Run, model: Sequencer2D, teacher: Teacher | None, precision: Precision, checkpoint: Path | None
+    run: _Run, model: Classifier, teacher: Teacher | None, precision: Precision, checkpoint: Path | None
 ) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
     config, ranks = run.config, run.ranks
@@ -423,6 +438,7 @@ def _fit(
     )
 
     if config.compile:
+        assert isinstance(model, Sequencer2D)
         log.info("compile: %d modules, at the first batch", compile_regions(model, stem=ranks.world_size == 1))
 
     def save_best(task: SequencerTask, metrics: dict[str, float]) -> None:

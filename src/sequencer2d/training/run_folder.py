@@ -34,7 +34,7 @@ def choose_run_dir(config: TrainConfig, data_name: str) -> Path:
                 why = f"of another config ({', '.join(changed)})" if changed else "and --resume is never"
                 raise ValueError(f"{run_dir} holds an unfinished run {why}; give another --run-dir")
         return run_dir
-    stem = f"runs/{data_name}-{config.model}"
+    stem = f"runs/{data_name}-{config.model.replace('/', '-')}"
     for run_dir in map(Path, numbered(stem)):
         if not run_dir.exists():
             return run_dir

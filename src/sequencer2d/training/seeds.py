@@ -92,7 +92,7 @@ def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> SeedsResult:
     if config.resume not in ("auto", "never"):
         raise ValueError(f"resume={config.resume} names one run; with seeds, give their --run-dir to go on")
     stem = re.sub(r"\W+", "-", Path(config.data).name).strip("-")
-    run_dir = Path(config.run_dir or f"runs/{stem}-{config.model}-seeds")
+    run_dir = Path(config.run_dir or f"runs/{stem}-{config.model.replace('/', '-')}-seeds")
     if (run_dir / "config.yaml").exists():
         raise ValueError(f"{run_dir} holds a single run; give another --run-dir")
     split_seed = config.seed if config.split_seed is None else config.split_seed

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sequencer2d.layers import Sequencer2DBlock
 from sequencer2d.model import Sequencer2D
+from sequencer2d.peers import Classifier
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.ranks import Ranks
 
@@ -98,10 +99,11 @@ def whole_tensor(value: Any) -> Any:
     return value.full_tensor().detach().cpu() if isinstance(value, DTensor) else value
 
 
-def whole_model(model: Sequencer2D) -> Sequencer2D:
+def whole_model(model: Classifier) -> Classifier:
     """A divided model put together on the CPU of each rank, for which all must call this; any other as it is."""
     if not isinstance(model, FSDPModule):
         return model
+    assert isinstance(model, Sequencer2D)
     with torch.device("meta"):
         whole = Sequencer2D(model.config)
     state = {name: whole_tensor(value).cpu() for name, value in model.state_dict().items()}

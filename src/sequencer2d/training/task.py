@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sequencer2d.data.loaders import Batch
 from sequencer2d.data.mixing import BatchMixing, seed_generators
 from sequencer2d.data.transforms import normalize
-from sequencer2d.model import Sequencer2D
+from sequencer2d.peers import Classifier, Peer
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.distillation import Teacher
@@ -56,7 +56,7 @@ class SequencerTask(pl.LightningModule):
 
     def __init__(
         self,
-        model: Sequencer2D,
+        model: Classifier,
         config: TrainConfig,
         preprocessing: Preprocessing,
         batches_per_epoch: int,
@@ -74,7 +74,7 @@ class SequencerTask(pl.LightningModule):
         self.ranks = ranks
         self.faults = faults
         self.sharded = is_to_shard(config, ranks)
-        self.stride = math.prod(model.config.patch_sizes)
+        self.stride = model.stride if isinstance(model, Peer) else math.prod(model.config.patch_sizes)
         self.mixing = BatchMixing(config.augment, model.config.num_classes)
         ema_decay, ema_warmup = config.optim.ema_decay, config.optim.ema_warmup
         # `foreach` takes no mixture of divided weights and whole buffers
@@ -101,7 +101,7 @@ class SequencerTask(pl.LightningModule):
         """Of a run with a budget of time, at the last change of the weights."""
 
     @property
-    def evaluated_model(self) -> Sequencer2D:
+    def evaluated_model(self) -> Classifier:
         """The weights that count: the averaged ones where there are such."""
         return self.ema.module if self.ema else self.model  # type: ignore[return-value]
 
@@ -367,7 +367,7 @@ def blank(preprocessing: Preprocessing, batch: Batch) -> Batch:
     return Batch(batch.images.new_zeros((1, side, side, 3)), zero, zero, batch.skipped)
 
 
-def zero_loss(model: Sequencer2D) -> Tensor:
+def zero_loss(model: Classifier) -> Tensor:
     """A loss of 0 with a gradient of 0 for each weight that is trained, as an exchange of gradients expects it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     own = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
