@@ -96,18 +96,19 @@ def test_a_small_stem_keeps_the_resolution(name: str) -> None:
 
 def test_our_stem_stands_before_their_blocks() -> None:
     torch.manual_seed(0)
-    peer = Peer(config("vit_tiny_patch16_224", conv_stem=[8, 16], depth=2, num_heads=2))
+    args = {"conv_stem": [8, 12], "conv_stem_depths": [1, 2], "embed_dim": 16}
+    peer = Peer(config("vit_tiny_patch16_224", **args, depth=2, num_heads=2))
     stem = peer.module.patch_embed
     assert isinstance(stem, ConvStem)
     assert peer.module.pos_embed.shape == (1, 8 * 8 + 1, 16)
-    ours = create_model("sequencer2d_t_patch4_32", stem_widths=(8, 96)).stem
-    assert isinstance(ours, ConvPatchEmbed)
-    kernels = [[step[0].weight for step in steps] for steps in (stem.steps, ours.steps)]  # type: ignore[index]
+    ours = create_model("sequencer2d_t_patch4_32", stem_widths=(8, 12), stem_depths=(1, 2)).stem
+    kernels = [[m.weight for m in module.modules() if isinstance(m, nn.Conv2d)] for module in (stem, ours)]
+    assert len(kernels[0]) == 4
     for theirs, own in zip(*kernels, strict=True):
         fan_in = own[0].numel()
         assert theirs.std().item() == pytest.approx(fan_in**-0.5, rel=0.1)
     image = torch.randn(2, 3, 32, 32)
-    reference = ConvPatchEmbed(3, (8, 16))
+    reference = ConvPatchEmbed(3, (8, 12), (1, 2), 16)
     reference.load_state_dict(stem.state_dict())
     assert torch.equal(stem(image), reference(image).flatten(1, 2))
     grown = Peer(config("vit_tiny_patch16_224", 40, conv_stem=[8, 16], depth=1, num_heads=2, dynamic_img_size=True))

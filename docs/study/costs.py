@@ -7,16 +7,12 @@ import json
 from functools import cache
 from typing import Any
 
-import timm
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sequencer2d.flops import costs
+from sequencer2d.peers import PEER_PREFIX, Peer, PeerConfig, is_peer
 from sequencer2d.zoo import get_config
-
-PEER = "timm/"
-"""How the names of models begin that are not ours."""
 
 
 def macs_per_image(config: dict[str, Any], num_classes: int) -> int:
@@ -31,19 +27,13 @@ def macs_per_image(config: dict[str, Any], num_classes: int) -> int:
 
 @cache  # seeds share a model
 def _macs(name: str, arguments: str, num_classes: int, image_size: int) -> int:
-    model_args = {"num_classes": num_classes, **json.loads(arguments)}
-    if not name.startswith(PEER):
-        return costs(get_config(name, **model_args), image_size).macs
+    if not is_peer(name):
+        return costs(get_config(name, **{"num_classes": num_classes, **json.loads(arguments)}), image_size).macs
+    config = PeerConfig(
+        name=name.removeprefix(PEER_PREFIX), num_classes=num_classes, image_size=image_size, args=json.loads(arguments)
+    )
     with torch.device("meta"), torch.no_grad():
-        model = make_peer(name.removeprefix(PEER), model_args, image_size).eval()
+        model = Peer(config).eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.zeros(1, 3, image_size, image_size))
     return counter.get_total_flops() // 2  # a multiply-accumulate counts as two
-
-
-def make_peer(name: str, model_args: dict[str, Any], image_size: int) -> nn.Module:
-    """A model of timm's, told the size of its images where it must know."""
-    settings = timm.get_pretrained_cfg(name)
-    if settings is not None and settings.fixed_input_size:
-        model_args = {"img_size": image_size, **model_args}
-    return timm.create_model(name, pretrained=False, **model_args)

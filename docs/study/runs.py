@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import yaml
 
 from sequencer2d.files import write_atomic
-from study.costs import PEER, macs_per_image
+from sequencer2d.peers import is_peer
+from study.costs import macs_per_image
 
 MAX_ROWS = 50  # of metrics of the training, and as many of validations
 LEFT_OUT = {"class_names", "confusion", "per_class", "skipped"}
@@ -35,7 +36,7 @@ class Run:
 
     @property
     def is_ours(self) -> bool:
-        return not self.config["model"].startswith(PEER)
+        return not is_peer(self.config["model"])
 
     @property
     def macs(self) -> int:

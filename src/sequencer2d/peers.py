@@ -195,20 +195,20 @@ def build_model(config: SequencerConfig | PeerConfig) -> Classifier:
 def _create(config: PeerConfig) -> tuple[nn.Module, bool]:
     """timm's model, and whether it was made for the image size."""
     args = dict(config.args)
-    small_stem, widths = args.pop("small_stem", False), args.pop("conv_stem", None)
-    depths = args.pop("conv_stem_depths", None) or [1] * len(widths or [])
+    small_stem = args.pop("small_stem", False)
+    widths, depths = args.pop("conv_stem", None), args.pop("conv_stem_depths", None)
     if not isinstance(small_stem, bool):
         raise ValueError(f"small_stem={small_stem!r} must be true or false")
-    if widths is not None and not (isinstance(widths, list) and widths and all(isinstance(w, int) for w in widths)):
+    if widths is not None and not _are_numbers(widths):
         raise ValueError(f"conv_stem={widths!r} must be a list of widths, such as [32, 128]")
-    if not (isinstance(depths, list) and len(depths) == len(widths or []) and all(isinstance(d, int) for d in depths)):
+    if depths is not None and not (_are_numbers(depths) and widths and len(depths) == len(widths)):
         raise ValueError(f"conv_stem_depths={depths!r} must be a list with a number for each of conv_stem={widths}")
     if widths is not None:
         args = {
             "embed_dim": widths[-1],
             **args,
             "patch_size": 2 ** len(widths),
-            "embed_layer": partial(ConvStem, widths, depths),
+            "embed_layer": partial(ConvStem, widths, depths or [1] * len(widths)),
         }
     try:
         model, takes_size = _create_for_size(config, args)
@@ -220,6 +220,10 @@ def _create(config: PeerConfig) -> tuple[nn.Module, bool]:
     if small_stem:
         _give_small_stem(model, config.name)
     return model, takes_size
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(number, int) and number > 0 for number in value)
 
 
 def _create_for_size(config: PeerConfig, args: dict[str, Any]) -> tuple[nn.Module, bool]:
