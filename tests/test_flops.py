@@ -72,6 +72,12 @@ STEMS = {
 }
 
 
+def test_macs_where_borders_are_cut_off() -> None:
+    model = Sequencer2D(config_for("BiLSTM2D", pad=False)).eval()
+    assert costs(model.config, (23, 34)).macs == counted_macs(model, torch.zeros(1, 3, 23, 34))
+    assert costs(replace(model.config, pad=True), (23, 34)).macs > costs(model.config, (23, 34)).macs
+
+
 @pytest.mark.parametrize("stem", STEMS.values(), ids=STEMS)
 @pytest.mark.parametrize("size", [(16, 16), (19, 34)])
 def test_macs_of_a_convolutional_stem(size: tuple[int, int], stem: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from sequencer2d.layers import (
     Sequencer2DBlock,
     ShuffleTokens,
     VerticalBiLSTM,
-    pad_to_multiple,
+    divisible,
 )
 
 UNFUSED = {"UnfusedBiLSTM2D": 4, "VerticalBiLSTM": 2, "HorizontalBiLSTM": 2, "BiLSTM1D": 2}
@@ -207,7 +207,7 @@ def test_padding_is_the_least_that_divides_and_lies_below_and_to_the_right(
     height: int, width: int, multiple: int
 ) -> None:
     x = torch.rand(1, 2, height, width) + 1
-    padded = pad_to_multiple(x, multiple)
+    padded = divisible(x, multiple, pad=True)
     for before, after in zip((height, width), padded.shape[-2:], strict=True):
         assert after % multiple == 0
         assert before <= after < before + multiple
@@ -225,6 +225,19 @@ def test_patch_embedding_of_any_size_is_that_of_the_padded_image(layer: nn.Modul
     tokens = layer(image)
     assert tokens.shape == (2, 3, 4, 4)
     assert torch.equal(tokens, layer(F.pad(image, (0, 2, 0, 3))))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [PatchEmbed(3, 4, 4, pad=False), ConvPatchEmbed(3, (4, 4), (1, 1), 4, pad=False).eval()],
+    ids=["plain", "convolutional"],
+)
+def test_without_padding_the_border_is_cut_off_as_the_official_code_does(layer: nn.Module) -> None:
+    image = torch.randn(2, 3, 9, 14)
+    assert torch.equal(layer(image), layer(image[:, :, :8, :12]))
+    grid = torch.randn(2, 5, 3, 3)
+    down = Downsample2D(3, 4, patch_size=2, pad=False)
+    assert torch.equal(down(grid), down(grid[:, :4, :2]))
 
 
 def test_downsampling_of_an_odd_grid_is_that_of_the_padded_grid() -> None:

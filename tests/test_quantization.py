@@ -55,9 +55,10 @@ def similarity(quantized: nn.Module, model: nn.Module, images: Tensor) -> float:
     return F.cosine_similarity(ours, theirs, dim=-1).min().item()
 
 
+@pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("stem_widths", [(), (9, 23)])
-def test_logits_hardly_change(config: SequencerConfig, stem_widths: tuple[int, ...]) -> None:
-    config = replace(config, stem_widths=stem_widths, patch_sizes=(4 if stem_widths else 2, 2))
+def test_logits_hardly_change(config: SequencerConfig, stem_widths: tuple[int, ...], pad: bool) -> None:
+    config = replace(config, stem_widths=stem_widths, patch_sizes=(4 if stem_widths else 2, 2), pad=pad)
     model = trained_like(config)
     quantized = quantize(model, torch.randn(24, 3, 20, 20))
     for shape in ((3, 3, 20, 20), (1, 3, 20, 20), (2, 3, 33, 18)):

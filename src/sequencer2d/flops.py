@@ -58,9 +58,8 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
         model = Sequencer2D(config)
     macs = kept = peak = 0
     if config.stem_widths:
-        height, width = (
-            -(-side // 2 ** len(config.stem_widths)) * 2 ** len(config.stem_widths) for side in (height, width)
-        )
+        patch = config.patch_sizes[0]
+        height, width = (config.tokens_along(side, patch) * patch for side in (height, width))
         channels = config.in_chans
         kept += height * width * channels
         # Of every convolution, itself, its norm and GELU are kept, of pooling an index of two values per output. Alive
@@ -78,14 +77,14 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
             peak = max(peak, height * width * (channels + 2 * dim))
     else:
         patch = config.patch_sizes[0]
-        height, width = -(-height // patch), -(-width // patch)
+        height, width = config.tokens_along(height, patch), config.tokens_along(width, patch)
         macs += height * width * _matrix_elements(model.stem)
         kept += height * width * patch**2 * config.in_chans
     for i, stage in enumerate(model.stages):
         if i:
             patch = config.patch_sizes[i]
             kept += height * width * config.embed_dims[i - 1]
-            height, width = -(-height // patch), -(-width // patch)
+            height, width = config.tokens_along(height, patch), config.tokens_along(width, patch)
         tokens = height * width
         macs += tokens * (_matrix_elements(stage) + config.layers[i] * 2 * _LAYER_NORM * config.embed_dims[i])
         dim, hidden = config.embed_dims[i], int(config.embed_dims[i] * config.mlp_ratios[i])

@@ -273,13 +273,14 @@ class ShuffleTokens(nn.Module):
 class PatchEmbed(nn.Module):
     """Cuts the image into patches and projects each to a token (figure 2a)."""
 
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, pad: bool = True) -> None:
         super().__init__()
+        self.pad = pad
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, h, w, D]`."""
-        tokens = self.proj(channels_last(pad_to_multiple(image, self.proj.stride[0])))
+        tokens = self.proj(channels_last(divisible(image, self.proj.stride[0], self.pad)))
         return tokens.permute(0, 2, 3, 1).contiguous()
 
 
@@ -292,8 +293,11 @@ class ConvPatchEmbed(nn.Module):
     After the convolutional tokenizers of Xiao et al. 2021 and Hassani et al. 2021 (CCT).
     """
 
-    def __init__(self, in_chans: int, widths: tuple[int, ...], depths: tuple[int, ...], embed_dim: int) -> None:
+    def __init__(
+        self, in_chans: int, widths: tuple[int, ...], depths: tuple[int, ...], embed_dim: int, pad: bool = True
+    ) -> None:
         super().__init__()
+        self.pad = pad
         self.patch_size = 2 ** len(widths)
         self.steps = nn.Sequential()
         for before, after, depth in zip((in_chans, *widths), widths, depths, strict=False):
@@ -304,7 +308,7 @@ class ConvPatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, h, w, D]`."""
-        tokens = self.proj(self.steps(channels_last(pad_to_multiple(image, self.patch_size))))
+        tokens = self.proj(self.steps(channels_last(divisible(image, self.patch_size, self.pad))))
         return tokens.permute(0, 2, 3, 1).contiguous()
 
 
@@ -327,14 +331,15 @@ def _convolution(before: int, after: int) -> list[nn.Module]:
 class Downsample2D(nn.Module):
     """Merges `patch_size × patch_size` tokens into one between two stages."""
 
-    def __init__(self, input_dim: int, output_dim: int, patch_size: int) -> None:
+    def __init__(self, input_dim: int, output_dim: int, patch_size: int, pad: bool = True) -> None:
         super().__init__()
+        self.pad = pad
         self.down = nn.Conv2d(input_dim, output_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, h, w, D]`."""
         x = x.permute(0, 3, 1, 2)
-        return self.down(pad_to_multiple(x, self.down.stride[0])).permute(0, 2, 3, 1)
+        return self.down(divisible(x, self.down.stride[0], self.pad)).permute(0, 2, 3, 1)
 
 
 def channels_last(image: Tensor) -> Tensor:
@@ -358,12 +363,13 @@ def resample_grid(grid: Tensor, height: int, width: int) -> Tensor:
 
 
 @register_notrace_function
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pads `[B, C, H, W]` with zeros below and to the right, so that a strided convolution loses no border pixels.
-
-    The official code and timm's crop up to `multiple - 1` rows and columns silently.
+def divisible(x: Tensor, multiple: int, pad: bool) -> Tensor:
+    """`[B, C, H, W]` with sides that are multiples: padded with zeros below and to the right, so that a strided
+    convolution loses no border pixels, or cut, as the official code's and timm's strided convolutions do silently.
     """
     H, W = x.shape[-2:]
+    if not pad:
+        return x[..., : H - H % multiple, : W - W % multiple]
     if H % multiple or W % multiple:
         x = F.pad(x, [0, -W % multiple, 0, -H % multiple])
     return x

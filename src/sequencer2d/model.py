@@ -48,6 +48,8 @@ class SequencerConfig:
     convolution leads from the last of them to `embed_dims[0]` where these differ."""
     stem_depths: tuple[int, ...] = ()
     """Convolutions at each of these widths, all but the first with a residual sum; empty: one."""
+    pad: bool = True
+    """Pad what the patch sizes do not divide; off: cut it off, as the official code and timm do."""
     mixer: str = "BiLSTM2D"
     """What mixes the tokens: a name of `layers.MIXERS`."""
     shuffle: bool = False
@@ -111,6 +113,10 @@ class SequencerConfig:
         """`stem_depths`, written out."""
         return self.stem_depths or (1,) * len(self.stem_widths)
 
+    def tokens_along(self, side: int, patch_size: int) -> int:
+        """Patches along a side of so many pixels or tokens."""
+        return -(-side // patch_size) if self.pad else side // patch_size
+
 
 def _plain(name: str, kind: Any, value: Any) -> Any:
     """A value of a field in Python's own type: numbers of numpy become int and float, lists tuples.
@@ -153,7 +159,7 @@ class Sequencer2D(nn.Module):
     """Patch embedding, stages of Sequencer2D blocks, norm, average pooling and a linear classifier (figure 2a).
 
     Takes images `[B, in_chans, H, W]` of any size and returns logits `[B, num_classes]`. A size that the strides
-    do not divide is padded with zeros below and to the right.
+    do not divide is padded with zeros below and to the right, unless `pad` is off.
 
     Example: `Sequencer2D(SequencerConfig(layers=(2,), patch_sizes=(4,), embed_dims=(64,), hidden_sizes=(16,),
     mlp_ratios=(3.0,)))(torch.randn(1, 3, 32, 32)).shape == (1, 1000)`
@@ -180,10 +186,10 @@ class Sequencer2D(nn.Module):
         ]
         if config.stem_widths:
             self.stem = ConvPatchEmbed(
-                config.in_chans, config.stem_widths, config.all_stem_depths, config.embed_dims[0]
+                config.in_chans, config.stem_widths, config.all_stem_depths, config.embed_dims[0], config.pad
             )
         else:
-            self.stem = PatchEmbed(config.in_chans, config.embed_dims[0], config.patch_sizes[0])
+            self.stem = PatchEmbed(config.in_chans, config.embed_dims[0], config.patch_sizes[0], config.pad)
         height_width = config.pos_embed_size
         self.pos_embed = PositionEmbedding(height_width, config.embed_dims[0]) if height_width else nn.Identity()  # type: ignore[arg-type]
         self.shuffle = ShuffleTokens() if config.shuffle else nn.Identity()
@@ -200,7 +206,7 @@ class Sequencer2D(nn.Module):
         drop_paths = iter(torch.linspace(first, config.drop_path_rate, sum(config.layers), device="cpu").tolist())
         previous_dim = config.embed_dims[0]
         for i, dim in enumerate(config.embed_dims):
-            downsample = Downsample2D(previous_dim, dim, config.patch_sizes[i]) if i else nn.Identity()
+            downsample = Downsample2D(previous_dim, dim, config.patch_sizes[i], config.pad) if i else nn.Identity()
             blocks = [
                 Sequencer2DBlock(
                     dim,

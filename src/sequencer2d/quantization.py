@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequencer2d.layers import BiLSTM2D, Downsample2D, PatchEmbed, Sequencer2DBlock, pad_to_multiple
+from sequencer2d.layers import BiLSTM2D, Downsample2D, PatchEmbed, Sequencer2DBlock, divisible
 from sequencer2d.model import Sequencer2D, Stage
 from sequencer2d.native import library, weights
 from sequencer2d.native.int8 import VNNI, Affine, Int8Linear, finish, project
@@ -64,11 +64,11 @@ def quantize(model: Sequencer2D, images: Float[Tensor, "N C H W"], *, batch_size
     ranges = _measure(quantized, images, batch_size)
     has_bf16 = kernel.name in VNNI
     if has_bf16 and isinstance(quantized.stem, PatchEmbed):
-        quantized.stem = BFloat16Patches(quantized.stem.proj, images=True)  # type: ignore[assignment]
+        quantized.stem = BFloat16Patches(quantized.stem.proj, images=True, pad=model.config.pad)  # type: ignore[assignment]
     for stage in quantized.stages:
         assert isinstance(stage, Stage)
         if has_bf16 and isinstance(stage.downsample, Downsample2D):
-            stage.downsample = BFloat16Patches(stage.downsample.down, images=False)
+            stage.downsample = BFloat16Patches(stage.downsample.down, images=False, pad=model.config.pad)
         stage.blocks = Int8Blocks([Int8Block(block, ranges[block]) for block in stage.blocks])  # type: ignore[index]
     return quantized
 
@@ -238,10 +238,10 @@ class BFloat16Patches(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, conv: nn.Conv2d, *, images: bool) -> None:
+    def __init__(self, conv: nn.Conv2d, *, images: bool, pad: bool) -> None:
         super().__init__()
         assert conv.bias is not None
-        self.images = images
+        self.images, self.pad = images, pad
         self.patch_size = conv.stride[0]
         self.register_buffer("weight", conv.weight.permute(0, 2, 3, 1).flatten(1).bfloat16())
         self.register_buffer("bias", conv.bias.bfloat16())
@@ -249,7 +249,7 @@ class BFloat16Patches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` or `[B, H, W, C]` to `[B, h, w, M]`."""
         p = self.patch_size
-        x = pad_to_multiple(x if self.images else x.permute(0, 3, 1, 2), p).permute(0, 2, 3, 1)
+        x = divisible(x if self.images else x.permute(0, 3, 1, 2), p, self.pad).permute(0, 2, 3, 1)
         B, H, W, C = x.shape
         patches = x.bfloat16().reshape(B, H // p, p, W // p, p, C).transpose(2, 3)
         return F.linear(patches.reshape(B, H // p, W // p, p * p * C), self.weight, self.bias)

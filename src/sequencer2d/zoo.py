@@ -63,7 +63,7 @@ def grid_sizes(config: SequencerConfig, image_side: int) -> tuple[int, ...]:
     """Tokens along a side of the image in each stage."""
     sides = []
     for patch_size in config.patch_sizes:
-        image_side = -(-image_side // patch_size)
+        image_side = config.tokens_along(image_side, patch_size)
         sides.append(image_side)
     return tuple(sides)
 
