@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "abi.h"
+#include "numbers.h"
+
+constexpr int kFloat16 = -1; // the kept values where values are bfloat16
 
 template <class Function>
 Function* symbol(void* library, const char* name) {
@@ -35,6 +38,7 @@ struct Memory { // of values of one type
         uint16_t upper;
         if (type == kFloat32) return std::memcpy(&x, &bytes[4 * i], 4), x;
         std::memcpy(&upper, &bytes[2 * i], 2);
+        if (type == kFloat16) return to_float(float16{upper});
         bits = static_cast<uint32_t>(upper) << 16;
         return std::memcpy(&x, &bits, 4), x;
     }
@@ -206,7 +210,8 @@ int main(int, char** arguments) {
                         if (!runs_here(k)) continue;
                         std::vector<char> to_front(static_cast<size_t>(packed_bytes(k, &problem, 0)));
                         std::vector<char> to_back(static_cast<size_t>(packed_bytes(k, &problem, 1)));
-                        Memory gates = projected, unkept = projected, cells(type, values), y(type, values);
+                        const int kept_type = type == kFloat32 ? kFloat32 : kFloat16;
+                        Memory gates = projected, unkept = projected, cells(kept_type, values), y(type, values);
                         Memory only(type, values), grad_gates(type, 4 * values), previous(type, values);
                         Memory bias(kFloat32, R * 4 * D);
                         int status = pack(k, &problem, 0, w.bytes.data(), to_front.data());
@@ -215,6 +220,7 @@ int main(int, char** arguments) {
                         status |= forward(k, &problem, &in);
                         const ForwardTensors kept{to_front.data(), gates.bytes.data(), cells.bytes.data(), y.bytes.data()};
                         status |= forward(k, &problem, &kept);
+                        gates.type = kept_type;
                         const BackwardTensors back{to_back.data(),
                                                    gates.bytes.data(),
                                                    cells.bytes.data(),
@@ -225,10 +231,11 @@ int main(int, char** arguments) {
                                                    reinterpret_cast<float*>(bias.bytes.data())};
                         status |= backward(k, &problem, &back);
                         if (status) std::printf("%s: status %d\n", name(k), status), ++failures;
-                        if (first.empty()) first = {y, only, cells, grad_gates, previous, bias};
+                        if (first.empty()) first = {y, only, cells, grad_gates, previous, bias, gates};
                         compare("output", name(k), y, first[0], tolerance);
                         compare("output without gradients", name(k), only, y, tolerance);
                         compare("cells", name(k), cells, first[2], tolerance);
+                        compare("gates", name(k), gates, first[6], tolerance);
                         compare("gradient of gates", name(k), grad_gates, first[3], tolerance);
                         compare("previous hidden states", name(k), previous, first[4], tolerance);
                         compare("gradient of the bias", name(k), bias, first[5], tolerance);

@@ -17,7 +17,7 @@ VARIABLE = "SEQUENCER2D_KERNEL"
 WEIGHT_GRADIENTS = ("avx512_bf16",)
 """Kernels that make the gradients of weights faster than libraries do."""
 
-_ABI = 3
+_ABI = 4
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 

@@ -16,6 +16,10 @@ from sequencer2d.native.library import Shape, kernel
 from sequencer2d.native.matmul import linear, weight_gradient
 
 
+KEPT = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
+"""What gates and cells are kept in for the gradient: of 16 bits, those that are most precise up to 1."""
+
+
 def shape_of(x: Tensor, directions: int, hidden: int, vertical: int) -> Shape:
     """Of a call with `[B, H, W, C]` tokens."""
     B, H, W, _ = x.shape
@@ -43,17 +47,20 @@ def _checked_shape(x: Tensor, w_ih: Tensor, w_hh: Tensor, vertical: int, *others
 def run_forward(
     x: Tensor, w_ih: Tensor, packed: Tensor, bias: Tensor, shape: Shape, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states `[B, H, W, R·D]`; gates `[N, R·4·D]` and cells `[N, R·D]`, empty where they are not kept.
+    """Hidden states `[B, H, W, R·D]`; gates `[N, R·4·D]` and cells `[N, R·D]` as `KEPT`, empty where they are not kept.
 
     `packed` are the recurrent weights as `Kernel.pack` leaves them for the forward pass.
     """
     y = x.new_empty(*x.shape[:3], shape.directions * shape.hidden)
+    kept = KEPT[x.dtype]
     if y.numel() == 0:
-        return y, x.new_empty(0), x.new_empty(0)
+        return y, x.new_empty(0, dtype=kept), x.new_empty(0, dtype=kept)
     gates = linear(x.reshape(-1, x.shape[3]), w_ih, bias)
-    cells = y.new_empty(gates.shape[0], y.shape[3]) if keep else None
+    cells = y.new_empty(gates.shape[0], y.shape[3], dtype=kept) if keep else None
     kernel().forward(shape, packed, gates, cells, y)
-    return (y, gates, cells) if cells is not None else (y, x.new_empty(0), x.new_empty(0))
+    if cells is None:
+        return y, x.new_empty(0, dtype=kept), x.new_empty(0, dtype=kept)
+    return y, gates.view(kept), cells
 
 
 @torch.library.custom_op("sequencer2d::bilstm2d", mutates_args=(), device_types="cpu")
@@ -83,9 +90,9 @@ def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, vertical: int, keep: 
     B, H, W, _ = x.shape
     R, D = w_hh.shape[0], w_hh.shape[2]
     y = x.new_empty(B, H, W, R * D)
-    if not keep:
-        return y, x.new_empty(0), x.new_empty(0)
-    return y, x.new_empty(B * H * W, R * 4 * D), x.new_empty(B * H * W, R * D)
+    sizes = ((B * H * W, R * 4 * D), (B * H * W, R * D)) if keep else (0, 0)
+    gates, cells = (x.new_empty(size, dtype=KEPT[x.dtype]) for size in sizes)
+    return y, gates, cells
 
 
 @torch.library.custom_op("sequencer2d::bilstm2d_backward", mutates_args=(), device_types="cpu")
@@ -93,13 +100,14 @@ def bilstm2d_backward(
     grad_y: Tensor, x: Tensor, w_ih: Tensor, w_hh: Tensor, y: Tensor, gates: Tensor, cells: Tensor, vertical: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x`, `w_ih`, `w_hh` and `bias`, from that of `y` and what `bilstm2d` kept."""
-    shape = _checked_shape(x, w_ih, w_hh, vertical, grad_y, y, gates, cells)
+    shape = _checked_shape(x, w_ih, w_hh, vertical, grad_y, y)
     if y.numel() == 0:
         return x.new_zeros(x.shape), torch.zeros_like(w_ih), torch.zeros_like(w_hh), w_ih.new_zeros(w_ih.shape[0])
-    if gates.shape != (y.numel() // y.shape[3], w_ih.shape[0]) or cells.numel() != y.numel() or grad_y.shape != y.shape:
+    fit = gates.shape == (y.numel() // y.shape[3], w_ih.shape[0]) and cells.numel() == y.numel()
+    if not fit or {gates.dtype, cells.dtype} != {KEPT[x.dtype]} or grad_y.shape != y.shape:
         raise ValueError("gates and cells are not those that bilstm2d kept for this output (keep=True)")
     packed = kernel().pack(shape, w_hh.contiguous(), backward=True)
-    grad_gates = torch.empty_like(gates)
+    grad_gates = torch.empty_like(gates, dtype=x.dtype)
     previous = y.new_empty(shape.directions, gates.shape[0], shape.hidden)  # hidden states that each step started from
     grad_bias = x.new_empty(w_ih.shape[0], dtype=torch.float32)
     kernel().backward(shape, packed, gates, cells, y, grad_y.contiguous(), grad_gates, previous, grad_bias)

@@ -2,12 +2,12 @@
 //
 // Shapes: B batch, H rows, W columns, D hidden units per direction, N = B*H*W tokens, R directions in all:
 // first those that run along columns, then those along rows; forward comes before reverse. Tensors are contiguous;
-// "value" is float or bfloat16, by `type`.
+// "value" is float or bfloat16, by `type`; "kept value" is float or float16.
 #pragma once
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 3 // one more with every change of this file
+#define SEQUENCER2D_ABI 4 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -22,15 +22,16 @@ struct Problem {
 
 struct ForwardTensors {
     const void* packed; // recurrent weights, as `pack` for the forward pass left them
-    void* gates;        // [N, R, 4, D] values, in: projected inputs with bias, in torch's order i f g o; out: see keep
-    void* cells;        // [N, R, D] values, out: cell states; null where they and the gates are not kept
+    void* gates;        // [N, R, 4, D], in: values, projected inputs with bias, in torch's order i f g o;
+                        // out, where they are kept: kept values, after the activations
+    void* cells;        // [N, R, D] kept values, out: cell states; null where they and the gates are not kept
     void* y;            // [N, R, D] values, out: hidden states
 };
 
 struct BackwardTensors {
     const void* packed;    // recurrent weights, as `pack` for the backward pass left them
-    const void* gates;     // [N, R, 4, D] values, after the activations
-    const void* cells;     // [N, R, D] values
+    const void* gates;     // [N, R, 4, D] kept values, after the activations
+    const void* cells;     // [N, R, D] kept values
     const void* y;         // [N, R, D] values
     const void* grad_y;    // [N, R, D] values
     void* grad_gates;      // [N, R, 4, D] values, out: gradient of the gates before the activations

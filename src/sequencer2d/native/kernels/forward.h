@@ -12,6 +12,7 @@ namespace {
 template <class Value, class Dot>
 class Forward {
     using Element = typename Dot::Element;
+    using KeptValue = typename Kept<Value>::Type;
     static constexpr bool exact = sizeof(Value) == sizeof(float);
 
   public:
@@ -24,8 +25,8 @@ class Forward {
           width(round_up(D, Vec::lanes)),
           packed(static_cast<const Element*>(tensors.packed)),
           gates(static_cast<Value*>(tensors.gates)),
-          cells(static_cast<Value*>(tensors.cells)),
-          y(static_cast<Value*>(tensors.y)) {}
+          y(static_cast<Value*>(tensors.y)),
+          cells(static_cast<KeptValue*>(tensors.cells)) {}
 
     int run() {
         scratch_bytes = State(nullptr, width).bytes;
@@ -44,7 +45,8 @@ class Forward {
     const Packing<Dot> packing;
     const int64_t D, R, width; // width: units with padding
     const Element* packed;
-    Value *gates, *cells, *y;
+    Value *gates, *y;
+    KeptValue* cells;
     int64_t scratch_bytes = 0;
     char* memory = nullptr;
 
@@ -125,11 +127,12 @@ class Forward {
             const int64_t place = ((tile.origin[s + i] + offset) * R + tile.direction) * D + unit;
             store(y + place, new_h, count);
             if (cells) {
-                store(cells + place, c, count);
-                store(gate[i], in, count);
-                store(gate[i] + D, forget, count);
-                store(gate[i] + 2 * D, new_c, count);
-                store(gate[i] + 3 * D, out, count);
+                auto* kept = reinterpret_cast<KeptValue*>(gate[i]);
+                store(kept, in, count);
+                store(kept + D, forget, count);
+                store(kept + 2 * D, new_c, count);
+                store(kept + 3 * D, out, count);
+                store(cells + place, exact ? c : clamp(c, -kLargestFloat16, kLargestFloat16), count);
             }
         }
     }
