@@ -41,6 +41,6 @@ def bilstm2d(
         w_ih, w_hh, bias = weights.gather(rnns, dtype)
         return torch.ops.sequencer2d.bilstm2d(x.to(dtype), w_ih, w_hh, bias, vertical, trains)[0]
     directions = sum(1 + rnn.bidirectional for rnn in rnns)
-    shape = op.shape_of(x, directions, rnns[0].hidden_size, vertical)
+    shape = op.shape_of(x, dtype, directions, rnns[0].hidden_size, vertical)
     ready = weights.packed(rnns, dtype, kernel(), shape)
     return op.run_forward(x.detach().to(dtype), ready.w_ih, ready.packed, ready.bias, shape, keep=False)[0]

@@ -38,9 +38,9 @@ def gather(rnns: Sequence[nn.LSTM], dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights ready for the forward pass: cast, joined, and the recurrent ones in the kernel's order."""
+    """Weights ready for the forward pass: cast, joined, and those that the kernel reads in its order."""
 
-    w_ih: Tensor
+    w_ih: Tensor | None
     packed: Tensor
     bias: Tensor
 
@@ -98,4 +98,5 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _pack(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
     w_ih, w_hh, bias = gather(rnns, dtype)
-    return Packed(matmul.reordered(w_ih), kernel.pack(shape, w_hh, backward=False), bias)
+    packed = kernel.pack(shape, w_ih, w_hh, backward=False)
+    return Packed(None if shape.channels else matmul.reordered(w_ih), packed, bias)

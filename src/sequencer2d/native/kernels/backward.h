@@ -21,7 +21,7 @@ class Backward {
     Backward(const Problem& problem, const BackwardTensors& tensors)
         : problem(problem),
           tiling(problem),
-          packing(problem.hidden),
+          packing(problem),
           D(problem.hidden),
           R(directions(problem)),
           width(round_up(D, Vec::lanes)),

@@ -64,9 +64,10 @@ EXPORT int64_t sequencer2d_packed_bytes(int kernel, const Problem* problem, int 
     return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->packed_bytes(*problem, backward) : -1;
 }
 
-EXPORT int sequencer2d_pack(int kernel, const Problem* problem, int backward, const void* w_hh, void* packed) {
+EXPORT int sequencer2d_pack(int kernel, const Problem* problem, int backward, const void* w_ih, const void* w_hh,
+                            void* packed) {
     if (!sequencer2d_kernel_runs_here(kernel)) return kNoSuchKernel;
-    kernels[kernel]->pack(*problem, backward, w_hh, packed);
+    kernels[kernel]->pack(*problem, backward, w_ih, w_hh, packed);
     return kDone;
 }
 
