@@ -16,7 +16,6 @@ from torch.utils.flop_counter import register_flop_formula
 from sequencer2d.native.library import Shape, kernel
 from sequencer2d.native.matmul import linear, weight_gradient
 
-
 KEPT = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
 """What gates and cells are kept in for the gradient: of 16 bits, those that are most precise up to 1."""
 
