@@ -53,7 +53,7 @@ def packed(
     return _kept(rnns[0], tensors, key, lambda: _pack(rnns, dtype, kernel, shape))
 
 
-def ready(linear: nn.Linear, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def ready(linear: nn.Module, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer as `matmul.linear` likes them best, for a call without gradients."""
     return _kept(linear, [weight, bias], (dtype,), lambda: (matmul.reordered(weight.to(dtype)), bias.to(dtype)))
 
