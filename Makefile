@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: quickstart test test-all lint check
+.PHONY: quickstart test test-all lint wheel check
 
 quickstart: $(VENV)/installed
 	$(BIN)/sequencer2d train --run-dir $(RUN)
@@ -23,7 +23,12 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint test
+# build/ first: what is left there of an earlier build would be in the wheel
+wheel: $(VENV)/bin/python
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+check: lint wheel test # which installs the wheel and tries it
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -190,9 +190,9 @@ class Int8Block(nn.Module):
         kernel = library.kernel()
         shape = library.Shape(batch=B, height=H, width=W, hidden=self.hidden_size, vertical=2, horizontal=2)
         if self._packed is None or self._packed[0] != kernel.name:
-            self._packed = (kernel.name, kernel.pack(shape, self.w_hh, backward=False))
+            self._packed = (kernel.name, kernel.pack(shape, None, self.w_hh, backward=False))
         project(tokens, self.norm1, self.project, self.eps, gates)
-        kernel.forward(shape, self._packed[1], gates, None, hidden)
+        kernel.forward(shape, self._packed[1], None, None, gates, None, hidden)
         finish(hidden, tokens, self.states, self.fc, self.norm2, self.fc1, self.active, self.fc2, self.eps)
 
 

@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "abi.h"
+#include "numbers.h"
+
+constexpr int kFloat16 = -1; // the kept values where values are bfloat16
 
 template <class Function>
 Function* symbol(void* library, const char* name) {
@@ -35,6 +38,7 @@ struct Memory { // of values of one type
         uint16_t upper;
         if (type == kFloat32) return std::memcpy(&x, &bytes[4 * i], 4), x;
         std::memcpy(&upper, &bytes[2 * i], 2);
+        if (type == kFloat16) return to_float(float16{upper});
         bits = static_cast<uint32_t>(upper) << 16;
         return std::memcpy(&x, &bits, 4), x;
     }
@@ -186,19 +190,23 @@ int main(int, char** arguments) {
     auto* name = symbol<const char*(int)>(library, "sequencer2d_kernel_name");
     auto* runs_here = symbol<int(int)>(library, "sequencer2d_kernel_runs_here");
     auto* packed_bytes = symbol<int64_t(int, const Problem*, int)>(library, "sequencer2d_packed_bytes");
-    auto* pack = symbol<int(int, const Problem*, int, const void*, void*)>(library, "sequencer2d_pack");
+    auto* pack = symbol<int(int, const Problem*, int, const void*, const void*, void*)>(library, "sequencer2d_pack");
     auto* forward = symbol<int(int, const Problem*, const ForwardTensors*)>(library, "sequencer2d_forward");
     auto* backward = symbol<int(int, const Problem*, const BackwardTensors*)>(library, "sequencer2d_backward");
-    const int64_t shapes[][6] = {// B, H, W, D, directions along columns, along rows
-                                 {1, 1, 1, 1, 2, 2},  {2, 3, 5, 7, 2, 2},  {3, 7, 4, 16, 1, 1}, {1, 9, 31, 17, 2, 0},
-                                 {5, 6, 5, 24, 0, 2}, {2, 4, 26, 49, 2, 2}, {0, 3, 3, 5, 2, 2},  {1, 50, 3, 33, 0, 1}};
+    const int64_t shapes[][7] = {// B, H, W, D, C or 0 for projected tokens, directions along columns, along rows
+                                 {1, 1, 1, 1, 1, 2, 2},   {2, 3, 5, 7, 0, 2, 2},    {3, 7, 4, 16, 32, 1, 1},
+                                 {1, 9, 31, 17, 3, 2, 0}, {5, 6, 5, 24, 0, 0, 2},   {2, 4, 26, 49, 21, 2, 2},
+                                 {0, 3, 3, 5, 4, 2, 2},   {1, 50, 3, 33, 17, 0, 1}, {1, 1, 1, 1, 0, 2, 2}};
     for (const auto& s : shapes)
         for (const int type : {kFloat32, kBFloat16})
             for (const float scale : {1.0f, 1e4f})
                 for (const int threads : {1, 3}) {
-                    const Problem problem{s[0], s[1], s[2], s[3], int32_t(s[4]), int32_t(s[5]), type, threads};
-                    const int64_t R = s[4] + s[5], D = s[3], values = s[0] * s[1] * s[2] * R * D;
+                    const Problem problem{s[0], s[1], s[2], s[3], s[4], int32_t(s[5]), int32_t(s[6]), type, threads};
+                    const int64_t N = s[0] * s[1] * s[2], D = s[3], C = s[4], R = s[5] + s[6], values = N * R * D;
+                    Memory tokens(type, N * C), start(type, C ? R * 4 * D : 0), w_ih(type, R * 4 * D * C);
                     Memory w(type, R * 4 * D * D), projected(type, 4 * values), grad_y(type, values);
+                    tokens.fill(scale, 4), start.fill(1, 5), w_ih.fill(0.3f, 6);
+                    const void *x = C ? tokens.bytes.data() : nullptr, *bias_in = C ? start.bytes.data() : nullptr;
                     w.fill(0.3f, 1), projected.fill(scale, 2), grad_y.fill(1, 3);
                     const float tolerance = type == kFloat32 ? 1e-4f : 5e-2f;
                     std::vector<Memory> first;
@@ -206,15 +214,18 @@ int main(int, char** arguments) {
                         if (!runs_here(k)) continue;
                         std::vector<char> to_front(static_cast<size_t>(packed_bytes(k, &problem, 0)));
                         std::vector<char> to_back(static_cast<size_t>(packed_bytes(k, &problem, 1)));
-                        Memory gates = projected, unkept = projected, cells(type, values), y(type, values);
+                        const int kept_type = type == kFloat32 ? kFloat32 : kFloat16;
+                        Memory gates = projected, unkept = projected, cells(kept_type, values), y(type, values);
                         Memory only(type, values), grad_gates(type, 4 * values), previous(type, values);
                         Memory bias(kFloat32, R * 4 * D);
-                        int status = pack(k, &problem, 0, w.bytes.data(), to_front.data());
-                        status |= pack(k, &problem, 1, w.bytes.data(), to_back.data());
-                        const ForwardTensors in{to_front.data(), unkept.bytes.data(), nullptr, only.bytes.data()};
+                        int status = pack(k, &problem, 0, w_ih.bytes.data(), w.bytes.data(), to_front.data());
+                        status |= pack(k, &problem, 1, nullptr, w.bytes.data(), to_back.data());
+                        const ForwardTensors in{to_front.data(), x, bias_in, C ? nullptr : unkept.bytes.data(), nullptr,
+                                                only.bytes.data()};
                         status |= forward(k, &problem, &in);
-                        const ForwardTensors kept{to_front.data(), gates.bytes.data(), cells.bytes.data(), y.bytes.data()};
+                        const ForwardTensors kept{to_front.data(), x, bias_in, gates.bytes.data(), cells.bytes.data(), y.bytes.data()};
                         status |= forward(k, &problem, &kept);
+                        gates.type = kept_type;
                         const BackwardTensors back{to_back.data(),
                                                    gates.bytes.data(),
                                                    cells.bytes.data(),
@@ -225,10 +236,11 @@ int main(int, char** arguments) {
                                                    reinterpret_cast<float*>(bias.bytes.data())};
                         status |= backward(k, &problem, &back);
                         if (status) std::printf("%s: status %d\n", name(k), status), ++failures;
-                        if (first.empty()) first = {y, only, cells, grad_gates, previous, bias};
+                        if (first.empty()) first = {y, only, cells, grad_gates, previous, bias, gates};
                         compare("output", name(k), y, first[0], tolerance);
                         compare("output without gradients", name(k), only, y, tolerance);
                         compare("cells", name(k), cells, first[2], tolerance);
+                        compare("gates", name(k), gates, first[6], tolerance);
                         compare("gradient of gates", name(k), grad_gates, first[3], tolerance);
                         compare("previous hidden states", name(k), previous, first[4], tolerance);
                         compare("gradient of the bias", name(k), bias, first[5], tolerance);

@@ -35,8 +35,8 @@ def residual_norm(
         ready(backend)
         and is_unobserved(norm, drop_path)
         and type(norm) is nn.LayerNorm
-        and norm.bias is not None
-        and is_plain(*tensors, norm.weight, norm.bias)
+        and (bias := norm.bias) is not None
+        and is_plain(*tensors, weight := norm.weight, bias)
         and norm.normalized_shape == x.shape[-1:]
         and (x.dtype, dtype) in _TYPES
         and all(tensor.is_contiguous() and tensor.shape == x.shape for tensor in tensors)
@@ -48,36 +48,46 @@ def residual_norm(
     scale = None
     if branch is not None and drop_path.training and not isinstance(drop_path, nn.Identity):
         scale = drop_path(branch.new_ones(len(branch), 1, 1, 1)).float()
-    return _ResidualNorm.apply(x, branch, scale, norm.weight, norm.bias, norm.eps, dtype)  # type: ignore[return-value]
+    if torch.is_grad_enabled():
+        return _ResidualNorm.apply(x, branch, scale, weight, bias, norm.eps, dtype)  # type: ignore[return-value]
+    return _run_norm(x, branch, scale, weight.float(), bias.float(), norm.eps, dtype, None)
 
 
 def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     """timm's `Mlp` of `[B, H, W, C]`, whose hidden activations are not kept for the gradient but computed again."""
-    if not _is_plain_mlp(module, x, backend):
-        return module(x)
+    parameters = _plain_parameters(module, x) if ready(backend) and type(module) is Mlp else None
     dtype = computing_dtype(x)
-    parameters = (module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)
-    if dtype not in (torch.float32, torch.bfloat16) or any(p.dtype not in (dtype, torch.float32) for p in parameters):
+    if parameters is None or dtype not in (torch.float32, torch.bfloat16):
+        return module(x)
+    w1, b1, w2, b2 = parameters
+    if not {w1.dtype, b1.dtype, w2.dtype, b2.dtype} <= {dtype, torch.float32}:
         return module(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
         return _Mlp.apply(*(tensor.to(dtype) for tensor in (x, *parameters)))  # type: ignore[return-value]
-    hidden = matmul.linear(x.detach().to(dtype), *weights.ready(module.fc1, dtype))
+    hidden = matmul.linear(x.detach().to(dtype), *weights.ready(module.fc1, w1, b1, dtype))
     kernel().gelu(hidden, hidden)
-    return matmul.linear(hidden, *weights.ready(module.fc2, dtype))
+    return matmul.linear(hidden, *weights.ready(module.fc2, w2, b2, dtype))
 
 
-def _is_plain_mlp(module: Any, x: Tensor, backend: str) -> bool:
-    return (
-        ready(backend)
-        and type(module) is Mlp
-        and is_unobserved(module, module.fc1, module.act, module.drop1, module.norm, module.fc2, module.drop2)
-        and all(type(linear) is nn.Linear and linear.bias is not None for linear in (module.fc1, module.fc2))
-        and type(module.act) is nn.GELU
-        and module.act.approximate == "none"
-        and type(module.norm) is nn.Identity
-        and not (module.training and (module.drop1.p or module.drop2.p))
-        and is_plain(x, module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias)  # type: ignore[arg-type]
-    )
+def _plain_parameters(module: Mlp, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Weights and biases of an MLP that computes what the kernels do, and into which nobody looks; else None.
+
+    Every module and parameter is looked up once: `nn.Module` takes longer over it than all checks together.
+    """
+    parts = (module.fc1, module.act, module.drop1, module.norm, module.fc2, module.drop2)
+    fc1, act, drop1, norm, fc2, drop2 = parts
+    if not (
+        is_unobserved(module, *parts)
+        and type(fc1) is nn.Linear
+        and type(fc2) is nn.Linear
+        and type(act) is nn.GELU
+        and act.approximate == "none"
+        and type(norm) is nn.Identity
+        and not (module.training and (drop1.p or drop2.p))
+    ):
+        return None
+    w1, b1, w2, b2 = fc1.weight, fc1.bias, fc2.weight, fc2.bias
+    return (w1, b1, w2, b2) if b1 is not None and b2 is not None and is_plain(x, w1, b1, w2, b2) else None
 
 
 def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
@@ -86,14 +96,14 @@ def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
     if (
         ready(backend)
         and type(module) is nn.Linear
-        and module.bias is not None
+        and (bias := module.bias) is not None
         and is_unobserved(module)
-        and is_plain(x, module.weight, module.bias)
-        and not (torch.is_grad_enabled() and (x.requires_grad or module.weight.requires_grad))
-        and module.weight.dtype == module.bias.dtype
-        and (module.weight.dtype, dtype) in _TYPES
+        and is_plain(x, weight := module.weight, bias)
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and weight.dtype == bias.dtype
+        and (weight.dtype, dtype) in _TYPES
     ):
-        return matmul.linear(x.detach().to(dtype), *weights.ready(module, dtype))
+        return matmul.linear(x.detach().to(dtype), *weights.ready(module, weight, bias, dtype))
     return module(x)
 
 
@@ -103,6 +113,23 @@ _TYPES = {
     (torch.bfloat16, torch.bfloat16),
 }
 """What is stored, and what is computed in."""
+
+
+def _run_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
+    statistics: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Sum and norm; fills `statistics`, one row per token, where they are given."""
+    total = None if branch is None else torch.empty_like(x)
+    normed = torch.empty_like(x, dtype=dtype)
+    kernel().norm_forward(x, branch, scale, weight, bias, epsilon, total, normed, statistics)
+    return x if total is None else total, normed
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -118,16 +145,14 @@ class _ResidualNorm(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         trains = any(ctx.needs_input_grad)
-        total = None if branch is None else torch.empty_like(x)
-        normed = torch.empty_like(x, dtype=dtype)
         statistics = x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32) if trains else None
         parameters = (weight.float(), bias.float())
-        kernel().norm_forward(x, branch, scale, *parameters, epsilon, total, normed, statistics)
+        total, normed = _run_norm(x, branch, scale, *parameters, epsilon, dtype, statistics)
         if trains:
-            ctx.save_for_backward(x if total is None else total, statistics, parameters[0], scale)
+            ctx.save_for_backward(total, statistics, parameters[0], scale)
             ctx.dtypes, ctx.has_branch = (dtype, weight.dtype), branch is not None
             ctx.set_materialize_grads(False)
-        return x if total is None else total, normed
+        return total, normed
 
     @staticmethod
     @once_differentiable

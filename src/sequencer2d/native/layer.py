@@ -35,12 +35,12 @@ def bilstm2d(
         raise TypeError(f"the kernels are for nn.LSTM, not {type(rnn_v).__name__} and {type(rnn_h).__name__}")
     dtype = computing_dtype(x)
     vertical = 0 if rnn_v is None else 1 + rnn_v.bidirectional
-    tensors = [x, *(tensor for rnn in rnns for group in weights.parameters(rnn) for tensor in group)]
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if trains or torch.compiler.is_compiling() or not is_plain(*tensors):
+    parameters = [tensor for rnn in rnns for group in weights.parameters(rnn) for tensor in group]
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))
+    if trains or torch.compiler.is_compiling() or not is_plain(x, *parameters):
         w_ih, w_hh, bias = weights.gather(rnns, dtype)
         return torch.ops.sequencer2d.bilstm2d(x.to(dtype), w_ih, w_hh, bias, vertical, trains)[0]
     directions = sum(1 + rnn.bidirectional for rnn in rnns)
-    shape = op.shape_of(x, directions, rnns[0].hidden_size, vertical)
-    ready = weights.packed(rnns, dtype, kernel(), shape)
+    shape = op.shape_of(x, dtype, directions, rnns[0].hidden_size, vertical)
+    ready = weights.packed(rnns, parameters, dtype, kernel(), shape)
     return op.run_forward(x.detach().to(dtype), ready.w_ih, ready.packed, ready.bias, shape, keep=False)[0]

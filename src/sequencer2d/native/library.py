@@ -17,7 +17,7 @@ VARIABLE = "SEQUENCER2D_KERNEL"
 WEIGHT_GRADIENTS = ("avx512_bf16",)
 """Kernels that make the gradients of weights faster than libraries do."""
 
-_ABI = 3
+_ABI = 5
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -27,13 +27,13 @@ class Unavailable(RuntimeError):
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "hidden")),
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "hidden", "channels")),
         *((name, ctypes.c_int32) for name in ("vertical", "horizontal", "type", "threads")),
     ]
 
 
 class _ForwardTensors(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "gates", "cells", "y")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "x", "bias", "gates", "cells", "y")]
 
 
 class _BackwardTensors(ctypes.Structure):
@@ -77,7 +77,10 @@ class _WeightGradient(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Of one call: `[B, H, W]` tokens, hidden units, and how many directions run along columns and along rows."""
+    """Of one call: `[B, H, W]` tokens, hidden units, and how many directions run along columns and along rows.
+
+    `channels` of the tokens where the kernel projects them, 0 where it gets them projected.
+    """
 
     batch: int
     height: int
@@ -85,6 +88,7 @@ class Shape:
     hidden: int
     vertical: int
     horizontal: int
+    channels: int = 0
 
     @property
     def directions(self) -> int:
@@ -99,19 +103,31 @@ class Kernel:
     number: int
     library: Any
 
-    def pack(self, shape: Shape, w_hh: Tensor, *, backward: bool) -> Tensor:
-        """Recurrent weights `[R, 4·D, D]` in the order of the forward or the backward pass, as bytes."""
+    def pack(self, shape: Shape, w_ih: Tensor | None, w_hh: Tensor, *, backward: bool) -> Tensor:
+        """Weights `[R·4·D, C]` and `[R, 4·D, D]` in the order of the forward or the backward pass, as bytes.
+
+        The input weights only where the kernel projects tokens: in the forward pass of a shape with `channels`.
+        """
         problem = _problem(shape, w_hh.dtype)
         size = self.library.sequencer2d_packed_bytes(self.number, ctypes.byref(problem), backward)
         packed = torch.empty(size, dtype=torch.uint8, device="cpu")
-        arguments = (ctypes.byref(problem), int(backward), w_hh.data_ptr(), packed.data_ptr())
+        arguments = (ctypes.byref(problem), int(backward), *map(_pointer, (w_ih, w_hh, packed)))
         check_status(self.library.sequencer2d_pack(self.number, *arguments))
         return packed
 
-    def forward(self, shape: Shape, packed: Tensor, gates: Tensor, cells: Tensor | None, y: Tensor) -> None:
-        """Fills `y`, and with `cells` given also those and the gates after their activations."""
+    def forward(
+        self,
+        shape: Shape,
+        packed: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        gates: Tensor | None,
+        cells: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        """Fills `y` from `x` with `bias` or else from `gates`; with `cells` given also those, and activated gates."""
         problem = _problem(shape, y.dtype)
-        tensors = _ForwardTensors(*map(_pointer, (packed, gates, cells, y)))
+        tensors = _ForwardTensors(*map(_pointer, (packed, x, bias, gates, cells, y)))
         check_status(self.library.sequencer2d_forward(self.number, ctypes.byref(problem), ctypes.byref(tensors)))
 
     def backward(self, shape: Shape, *tensors: Tensor) -> None:
@@ -175,7 +191,7 @@ class Kernel:
 
 
 def _problem(shape: Shape, dtype: torch.dtype) -> _Problem:
-    sizes = (shape.batch, shape.height, shape.width, shape.hidden, shape.vertical, shape.horizontal)
+    sizes = (shape.batch, shape.height, shape.width, shape.hidden, shape.channels, shape.vertical, shape.horizontal)
     return _Problem(*sizes, _TYPES[dtype], torch.get_num_threads())
 
 
@@ -219,7 +235,7 @@ def kernels() -> dict[str, Kernel]:
     library.sequencer2d_packed_bytes.restype = ctypes.c_int64
     integer, address = ctypes.c_int, ctypes.c_void_p
     library.sequencer2d_gelu.argtypes = [integer, integer, integer, ctypes.c_int64, *4 * [address]]
-    library.sequencer2d_pack.argtypes = [integer, address, integer, address, address]
+    library.sequencer2d_pack.argtypes = [integer, address, integer, *3 * [address]]
     found, number = {}, 0
     while name := library.sequencer2d_kernel_name(number):
         if library.sequencer2d_kernel_runs_here(number):

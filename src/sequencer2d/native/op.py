@@ -3,7 +3,8 @@
 Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size, `R` directions in all: first those along
 columns (down, up), then those along rows (right, left); `N = B·H·W` tokens. Gates are in PyTorch's order i, f, g, o.
 
-The input projections of all directions are one matrix product of a library's; the recurrence is the kernels'.
+The recurrence is the kernels', and in bf16 the projection of the inputs with it: what is between them is never rounded.
+In fp32 the projections of all directions are one matrix product of a library's.
 """
 
 from typing import Any
@@ -15,11 +16,23 @@ from torch.utils.flop_counter import register_flop_formula
 from sequencer2d.native.library import Shape, kernel
 from sequencer2d.native.matmul import linear, weight_gradient
 
+KEPT = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
+"""What gates and cells are kept in for the gradient: of 16 bits, those that are most precise up to 1."""
 
-def shape_of(x: Tensor, directions: int, hidden: int, vertical: int) -> Shape:
-    """Of a call with `[B, H, W, C]` tokens."""
-    B, H, W, _ = x.shape
-    return Shape(batch=B, height=H, width=W, hidden=hidden, vertical=vertical, horizontal=directions - vertical)
+
+def shape_of(x: Tensor, dtype: torch.dtype, directions: int, hidden: int, vertical: int) -> Shape:
+    """Of a call with `[B, H, W, C]` tokens, computed in `dtype`."""
+    B, H, W, C = x.shape
+    channels = C if dtype == torch.bfloat16 else 0
+    return Shape(
+        batch=B,
+        height=H,
+        width=W,
+        hidden=hidden,
+        vertical=vertical,
+        horizontal=directions - vertical,
+        channels=channels,
+    )
 
 
 def _checked_shape(x: Tensor, w_ih: Tensor, w_hh: Tensor, vertical: int, *others: Tensor) -> Shape:
@@ -37,23 +50,33 @@ def _checked_shape(x: Tensor, w_ih: Tensor, w_hh: Tensor, vertical: int, *others
     dtypes = {tensor.dtype for tensor in (x, w_ih, w_hh, *others)}
     if dtypes not in ({torch.float32}, {torch.bfloat16}):
         raise ValueError(f"tensors must all be fp32 or all bf16, not {', '.join(sorted(map(str, dtypes)))}")
-    return shape_of(x, R, D, vertical)
+    return shape_of(x, x.dtype, R, D, vertical)
 
 
 def run_forward(
-    x: Tensor, w_ih: Tensor, packed: Tensor, bias: Tensor, shape: Shape, keep: bool
+    x: Tensor, w_ih: Tensor | None, packed: Tensor, bias: Tensor, shape: Shape, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states `[B, H, W, R·D]`; gates `[N, R·4·D]` and cells `[N, R·D]`, empty where they are not kept.
+    """Hidden states `[B, H, W, R·D]`; gates `[N, R·4·D]` and cells `[N, R·D]` as `KEPT`, empty where they are not kept.
 
-    `packed` are the recurrent weights as `Kernel.pack` leaves them for the forward pass.
+    `packed` are the weights as `Kernel.pack` leaves them for the forward pass; `w_ih` is used where the kernel
+    does not project.
     """
+    kept = KEPT[x.dtype]
     y = x.new_empty(*x.shape[:3], shape.directions * shape.hidden)
     if y.numel() == 0:
-        return y, x.new_empty(0), x.new_empty(0)
-    gates = linear(x.reshape(-1, x.shape[3]), w_ih, bias)
-    cells = y.new_empty(gates.shape[0], y.shape[3]) if keep else None
-    kernel().forward(shape, packed, gates, cells, y)
-    return (y, gates, cells) if cells is not None else (y, x.new_empty(0), x.new_empty(0))
+        return y, x.new_empty(0, dtype=kept), x.new_empty(0, dtype=kept)
+    tokens = x.reshape(-1, x.shape[3])
+    cells = y.new_empty(len(tokens), y.shape[3], dtype=kept) if keep else None
+    if shape.channels:
+        gates = y.new_empty(len(tokens), 4 * y.shape[3], dtype=kept) if keep else None
+        kernel().forward(shape, packed, tokens.contiguous(), bias, gates, cells, y)
+    else:
+        assert w_ih is not None
+        gates = linear(tokens, w_ih, bias)
+        kernel().forward(shape, packed, None, None, gates, cells, y)
+    if gates is None or cells is None:
+        return y, x.new_empty(0, dtype=kept), x.new_empty(0, dtype=kept)
+    return y, gates.view(kept), cells
 
 
 @torch.library.custom_op("sequencer2d::bilstm2d", mutates_args=(), device_types="cpu")
@@ -74,7 +97,7 @@ def bilstm2d(
         Hidden states `[B, H, W, R·D]`; gates and cells for the backward pass, empty where they are not kept.
     """
     shape = _checked_shape(x, w_ih, w_hh, vertical, bias)
-    packed = kernel().pack(shape, w_hh.contiguous(), backward=False)
+    packed = kernel().pack(shape, w_ih.contiguous(), w_hh.contiguous(), backward=False)
     return run_forward(x, w_ih, packed, bias, shape, keep)
 
 
@@ -83,9 +106,9 @@ def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, vertical: int, keep: 
     B, H, W, _ = x.shape
     R, D = w_hh.shape[0], w_hh.shape[2]
     y = x.new_empty(B, H, W, R * D)
-    if not keep:
-        return y, x.new_empty(0), x.new_empty(0)
-    return y, x.new_empty(B * H * W, R * 4 * D), x.new_empty(B * H * W, R * D)
+    sizes = ((B * H * W, R * 4 * D), (B * H * W, R * D)) if keep else (0, 0)
+    gates, cells = (x.new_empty(size, dtype=KEPT[x.dtype]) for size in sizes)
+    return y, gates, cells
 
 
 @torch.library.custom_op("sequencer2d::bilstm2d_backward", mutates_args=(), device_types="cpu")
@@ -93,13 +116,14 @@ def bilstm2d_backward(
     grad_y: Tensor, x: Tensor, w_ih: Tensor, w_hh: Tensor, y: Tensor, gates: Tensor, cells: Tensor, vertical: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x`, `w_ih`, `w_hh` and `bias`, from that of `y` and what `bilstm2d` kept."""
-    shape = _checked_shape(x, w_ih, w_hh, vertical, grad_y, y, gates, cells)
+    shape = _checked_shape(x, w_ih, w_hh, vertical, grad_y, y)
     if y.numel() == 0:
         return x.new_zeros(x.shape), torch.zeros_like(w_ih), torch.zeros_like(w_hh), w_ih.new_zeros(w_ih.shape[0])
-    if gates.shape != (y.numel() // y.shape[3], w_ih.shape[0]) or cells.numel() != y.numel() or grad_y.shape != y.shape:
+    fit = gates.shape == (y.numel() // y.shape[3], w_ih.shape[0]) and cells.numel() == y.numel()
+    if not fit or {gates.dtype, cells.dtype} != {KEPT[x.dtype]} or grad_y.shape != y.shape:
         raise ValueError("gates and cells are not those that bilstm2d kept for this output (keep=True)")
-    packed = kernel().pack(shape, w_hh.contiguous(), backward=True)
-    grad_gates = torch.empty_like(gates)
+    packed = kernel().pack(shape, None, w_hh.contiguous(), backward=True)
+    grad_gates = torch.empty_like(gates, dtype=x.dtype)
     previous = y.new_empty(shape.directions, gates.shape[0], shape.hidden)  # hidden states that each step started from
     grad_bias = x.new_empty(w_ih.shape[0], dtype=torch.float32)
     kernel().backward(shape, packed, gates, cells, y, grad_y.contiguous(), grad_gates, previous, grad_bias)

@@ -38,23 +38,23 @@ def gather(rnns: Sequence[nn.LSTM], dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights ready for the forward pass: cast, joined, and the recurrent ones in the kernel's order."""
+    """Weights ready for the forward pass: cast, joined, and those that the kernel reads in its order."""
 
-    w_ih: Tensor
+    w_ih: Tensor | None
     packed: Tensor
     bias: Tensor
 
 
-def packed(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
-    """The weights of a layer for a call without gradients."""
-    tensors = [tensor for rnn in rnns for group in parameters(rnn) for tensor in group]
+def packed(
+    rnns: Sequence[nn.LSTM], tensors: Sequence[Tensor], dtype: torch.dtype, kernel: Kernel, shape: Shape
+) -> Packed:
+    """The weights of a layer for a call without gradients; `tensors` are all `parameters` of its LSTMs."""
     key = (kernel.name, dtype, *rnns[1:])
     return _kept(rnns[0], tensors, key, lambda: _pack(rnns, dtype, kernel, shape))
 
 
-def ready(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def ready(linear: nn.Module, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer as `matmul.linear` likes them best, for a call without gradients."""
-    weight, bias = linear.weight, linear.bias
     return _kept(linear, [weight, bias], (dtype,), lambda: (matmul.reordered(weight.to(dtype)), bias.to(dtype)))
 
 
@@ -76,10 +76,11 @@ def _kept(module: nn.Module, tensors: Sequence[Tensor], key: tuple[object, ...],
     through `.data`, as some averages of weights do, leaves no trace in the version. Kept beside the module, not in it:
     neither copies nor state dicts nor pickles see it.
     """
-    if any(tensor.is_inference() for tensor in tensors):  # these have no version
+    # lists, as these lines run 18 times for each parameter of an image, and generators take half as long again
+    if any([tensor.is_inference() for tensor in tensors]):  # noqa: C419 - these have no version
         with torch.no_grad():
             return make()
-    key = (*key, *((tensor.data_ptr(), tensor._version, tensor.dtype, tensor.stride()) for tensor in tensors))
+    key = (*key, *[(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.stride()) for tensor in tensors])
     entry = _cache.get(module)
     if entry is None or entry.key != key or not torch.equal(entry.samples, torch.cat(entry.views)):
         with torch.no_grad():
@@ -98,4 +99,5 @@ def _sample(tensor: Tensor) -> Tensor:
 
 def _pack(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
     w_ih, w_hh, bias = gather(rnns, dtype)
-    return Packed(matmul.reordered(w_ih), kernel.pack(shape, w_hh, backward=False), bias)
+    packed = kernel.pack(shape, w_ih, w_hh, backward=False)
+    return Packed(None if shape.channels else matmul.reordered(w_ih), packed, bias)

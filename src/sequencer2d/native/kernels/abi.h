@@ -1,13 +1,13 @@
 // What Python and the kernels say to each other: plain pointers and numbers, so that no version of torch matters.
 //
-// Shapes: B batch, H rows, W columns, D hidden units per direction, N = B*H*W tokens, R directions in all:
+// Shapes: B batch, H rows, W columns, C channels, D hidden units per direction, N = B*H*W tokens, R directions in all:
 // first those that run along columns, then those along rows; forward comes before reverse. Tensors are contiguous;
-// "value" is float or bfloat16, by `type`.
+// "value" is float or bfloat16, by `type`; "kept value" is float or float16.
 #pragma once
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 3 // one more with every change of this file
+#define SEQUENCER2D_ABI 5 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -15,22 +15,26 @@ enum Status { kDone = 0, kOutOfMemory = 1, kNoSuchKernel = 2 };
 
 struct Problem {
     int64_t batch, height, width, hidden;
+    int64_t channels;             // of the tokens that the forward pass projects; 0: it gets projected ones
     int32_t vertical, horizontal; // directions of each axis: 0, 1 or 2
     int32_t type;                 // of the values
     int32_t threads;              // at most so many
 };
 
 struct ForwardTensors {
-    const void* packed; // recurrent weights, as `pack` for the forward pass left them
-    void* gates;        // [N, R, 4, D] values, in: projected inputs with bias, in torch's order i f g o; out: see keep
-    void* cells;        // [N, R, D] values, out: cell states; null where they and the gates are not kept
+    const void* packed; // weights, as `pack` for the forward pass left them
+    const void* x;      // [N, C] values, and
+    const void* bias;   // [R, 4, D] values; or neither
+    void* gates;        // [N, R, 4, D], in torch's order i f g o; in, where there is no x: values, projected with bias;
+                        // out, where they are kept: kept values, after the activations; may be null with x
+    void* cells;        // [N, R, D] kept values, out: cell states; null where they and the gates are not kept
     void* y;            // [N, R, D] values, out: hidden states
 };
 
 struct BackwardTensors {
-    const void* packed;    // recurrent weights, as `pack` for the backward pass left them
-    const void* gates;     // [N, R, 4, D] values, after the activations
-    const void* cells;     // [N, R, D] values
+    const void* packed;    // weights, as `pack` for the backward pass left them
+    const void* gates;     // [N, R, 4, D] kept values, after the activations
+    const void* cells;     // [N, R, D] kept values
     const void* y;         // [N, R, D] values
     const void* grad_y;    // [N, R, D] values
     void* grad_gates;      // [N, R, 4, D] values, out: gradient of the gates before the activations
@@ -127,7 +131,8 @@ struct Kernel {
     const char* name;
     bool (*runs_here)();                                                         // has this CPU the instructions?
     int64_t (*packed_bytes)(const Problem&, bool backward);                      //
-    void (*pack)(const Problem&, bool backward, const void* w_hh, void* packed); // w_hh: [R, 4*D, D] values
+    // w_ih: [R, 4*D, C] values, for the forward pass where C is not 0; w_hh: [R, 4*D, D] values
+    void (*pack)(const Problem&, bool backward, const void* w_ih, const void* w_hh, void* packed);
     int (*forward)(const Problem&, const ForwardTensors&);
     int (*backward)(const Problem&, const BackwardTensors&);
     int (*norm_forward)(const NormProblem&, const NormForwardTensors&);

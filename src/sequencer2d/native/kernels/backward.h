@@ -14,19 +14,20 @@ namespace {
 template <class Value, class Dot>
 class Backward {
     using Element = typename Dot::Element;
+    using KeptValue = typename Kept<Value>::Type;
     static constexpr bool exact = sizeof(Value) == sizeof(float);
 
   public:
     Backward(const Problem& problem, const BackwardTensors& tensors)
         : problem(problem),
           tiling(problem),
-          packing(problem.hidden),
+          packing(problem),
           D(problem.hidden),
           R(directions(problem)),
           width(round_up(D, Vec::lanes)),
           packed(static_cast<const Element*>(tensors.packed)),
-          gates(static_cast<const Value*>(tensors.gates)),
-          cells(static_cast<const Value*>(tensors.cells)),
+          gates(static_cast<const KeptValue*>(tensors.gates)),
+          cells(static_cast<const KeptValue*>(tensors.cells)),
           y(static_cast<const Value*>(tensors.y)),
           grad_y(static_cast<const Value*>(tensors.grad_y)),
           grad_gates(static_cast<Value*>(tensors.grad_gates)),
@@ -54,7 +55,8 @@ class Backward {
     const Packing<Dot> packing;
     const int64_t D, R, width; // width: units with padding
     const Element* packed;
-    const Value *gates, *cells, *y, *grad_y;
+    const KeptValue *gates, *cells;
+    const Value *y, *grad_y;
     Value *grad_gates, *previous_hidden;
     float* grad_bias;
     int64_t scratch_bytes = 0;
@@ -124,7 +126,7 @@ class Backward {
         UNROLL for (int g = 0; g < 4; ++g) bias_sum[g] = load(bias + g * width + unit, Vec::lanes);
         for (int s = 0; s < tile.sequences; ++s) {
             const int64_t here = place(tile, s, step) * D + unit;
-            const Value* gate = gates + place(tile, s, step) * 4 * D + unit;
+            const KeptValue* gate = gates + place(tile, s, step) * 4 * D + unit;
             const Vec in = load(gate, count), forget = load(gate + D, count);
             const Vec new_c = load(gate + 2 * D, count), out = load(gate + 3 * D, count);
             const Vec tanh_c = tanh<exact>(load(cells + here, count));

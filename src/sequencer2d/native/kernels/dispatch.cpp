@@ -1,5 +1,9 @@
 // The library's entries. Which instruction sets are in it is the build's choice (SEQUENCER2D_HAS_...); which of them the
 // processor has is asked at run time; which one works is the caller's choice.
+#ifdef SEQUENCER2D_HAS_AVX2
+#include <cpuid.h>
+#endif
+
 #include "abi.h"
 #include "parallel.h"
 
@@ -8,7 +12,11 @@
 extern const Kernel kernel_portable, kernel_avx2, kernel_avx512, kernel_avx512_bf16;
 
 #ifdef SEQUENCER2D_HAS_AVX2
-bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool runs_avx2() { // conversions to float16 are a flag that not every compiler knows the name of
+    unsigned a, b, c = 0, d;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) &&
+           (c & bit_F16C);
+}
 #endif
 
 #if defined(SEQUENCER2D_HAS_AVX512) || defined(SEQUENCER2D_HAS_AVX512_BF16)
@@ -56,9 +64,10 @@ EXPORT int64_t sequencer2d_packed_bytes(int kernel, const Problem* problem, int 
     return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->packed_bytes(*problem, backward) : -1;
 }
 
-EXPORT int sequencer2d_pack(int kernel, const Problem* problem, int backward, const void* w_hh, void* packed) {
+EXPORT int sequencer2d_pack(int kernel, const Problem* problem, int backward, const void* w_ih, const void* w_hh,
+                            void* packed) {
     if (!sequencer2d_kernel_runs_here(kernel)) return kNoSuchKernel;
-    kernels[kernel]->pack(*problem, backward, w_hh, packed);
+    kernels[kernel]->pack(*problem, backward, w_ih, w_hh, packed);
     return kDone;
 }
 

@@ -1,7 +1,7 @@
 // The recurrence, step by step over a tile of sequences:
-//   i, f, g, o = gates + W_hh h;  c = sigmoid(f) c + sigmoid(i) tanh(g);  h = sigmoid(o) tanh(c)
+//   i, f, g, o = bias + W_ih x + W_hh h;  c = sigmoid(f) c + sigmoid(i) tanh(g);  h = sigmoid(o) tanh(c)
 //
-// A block of sequences × 4 gates × one vector of units stays in registers from the projected input to the new state.
+// A block of sequences × 4 gates × one vector of units stays in registers from the input to the new state.
 #pragma once
 
 #include "activations.h"
@@ -12,23 +12,28 @@ namespace {
 template <class Value, class Dot>
 class Forward {
     using Element = typename Dot::Element;
+    using KeptValue = typename Kept<Value>::Type;
     static constexpr bool exact = sizeof(Value) == sizeof(float);
 
   public:
     Forward(const Problem& problem, const ForwardTensors& tensors)
         : problem(problem),
           tiling(problem),
-          packing(problem.hidden),
+          packing(problem),
+          C(problem.channels),
           D(problem.hidden),
           R(directions(problem)),
           width(round_up(D, Vec::lanes)),
+          inputs(packing.input_steps * Dot::depth),
           packed(static_cast<const Element*>(tensors.packed)),
+          x(static_cast<const Value*>(tensors.x)),
+          bias(static_cast<const Value*>(tensors.bias)),
           gates(static_cast<Value*>(tensors.gates)),
-          cells(static_cast<Value*>(tensors.cells)),
-          y(static_cast<Value*>(tensors.y)) {}
+          y(static_cast<Value*>(tensors.y)),
+          cells(static_cast<KeptValue*>(tensors.cells)) {}
 
     int run() {
-        scratch_bytes = State(nullptr, width).bytes;
+        scratch_bytes = State(nullptr, inputs, width).bytes;
         Scratch scratch(scratch_bytes * problem.threads);
         if (!scratch) return kOutOfMemory;
         memory = scratch.data();
@@ -42,41 +47,53 @@ class Forward {
     const Problem& problem;
     Tiling tiling;
     const Packing<Dot> packing;
-    const int64_t D, R, width; // width: units with padding
+    const int64_t C, D, R, width, inputs; // width: units with padding; inputs: channels with padding
     const Element* packed;
-    Value *gates, *cells, *y;
+    const Value *x, *bias;
+    Value *gates, *y;
+    KeptValue* cells;
     int64_t scratch_bytes = 0;
     char* memory = nullptr;
 
-    // Of the sequences of a tile; the padding stays zero.
+    // Of the sequences of a tile.
     struct State {
         float* c;
-        Element *h, *new_h;
+        Element *now, *next; // rows of the input and the hidden state that a step starts from
         int64_t bytes;
-        State(char* memory, int64_t width) {
+        State(char* memory, int64_t inputs, int64_t width) {
             Cutter cutter(memory);
             c = cutter.cut<float>(kTile * width);
-            h = cutter.cut<Element>(kTile * width);
-            new_h = cutter.cut<Element>(kTile * width);
+            now = cutter.cut<Element>(kTile * (inputs + width));
+            next = cutter.cut<Element>(kTile * (inputs + width));
             bytes = cutter.used;
         }
     };
 
     void run_tile(int64_t item, int thread) {
         const Tile tile = tiling.tile(item);
-        State state(memory + thread * scratch_bytes, width);
+        State state(memory + thread * scratch_bytes, inputs, width);
         memset(state.c, 0, sizeof(float) * static_cast<size_t>(kTile * width));
         const Element* weights = packed + tile.direction * packing.forward_elements();
         for (int64_t step = 0; step < tile.steps; ++step) {
-            const int64_t depth = step ? packing.forward_steps : 0; // the first state is zero
+            load_inputs(tile, tile.offset(step), state.now);
+            const int64_t depth = step ? packing.forward_steps : packing.input_steps; // the first state is zero
             for (int64_t block = 0; block < packing.blocks; ++block) {
                 const Element* block_weights = weights + block * packing.forward_steps * 4 * packing.row;
                 for (int s = 0; s < tile.sequences; s += kForwardSequences)
                     run_sequences<kForwardSequences>(tile, tile.offset(step), s, block, depth, block_weights, state);
             }
-            Element* old = state.h;
-            state.h = state.new_h;
-            state.new_h = old;
+            Element* old = state.now;
+            state.now = state.next;
+            state.next = old;
+        }
+    }
+
+    void load_inputs(const Tile& tile, int64_t offset, Element* to) const {
+        for (int s = 0; x && s < tile.sequences; ++s, to += inputs + width) {
+            const Value* from = x + (tile.origin[s] + offset) * C;
+            int64_t k = 0;
+            for (; k + Vec::lanes <= C; k += Vec::lanes) store(to + k, load(from + k, Vec::lanes), Vec::lanes);
+            for (; k < inputs; ++k) to[k] = from_float<Element>(k < C ? to_float(from[k]) : 0);
         }
     }
 
@@ -99,18 +116,20 @@ class Forward {
                                                          int64_t depth, const Element* weights, const State& state,
                                                          const int count) {
         const int64_t unit = block * Vec::lanes;
-        Value* gate[Sequences];
+        int64_t place[Sequences]; // in units of D values
         Vec sum[Sequences][4];
         UNROLL for (int i = 0; i < Sequences; ++i) {
-            gate[i] = gates + ((tile.origin[s + i] + offset) * R + tile.direction) * 4 * D + unit;
-            UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = load(gate[i] + g * D, count);
+            place[i] = (tile.origin[s + i] + offset) * R + tile.direction;
+            const Value* start = (x ? bias + tile.direction * 4 * D : gates + place[i] * 4 * D) + unit;
+            UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = load(start + g * D, count);
         }
-        const Element* h = state.h + s * width;
+        const int64_t row = inputs + width;
+        const Element* now = state.now + s * row;
         for (int64_t k = 0; k < depth; ++k) {
             typename Dot::Weights w[4];
             UNROLL for (int g = 0; g < 4; ++g) w[g] = Dot::weights(weights + (k * 4 + g) * packing.row);
             UNROLL for (int i = 0; i < Sequences; ++i) {
-                const typename Dot::State x = Dot::broadcast(h + i * width + k * Dot::depth);
+                const typename Dot::State x = Dot::broadcast(now + i * row + k * Dot::depth);
                 UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = Dot::multiply_add(w[g], x, sum[i][g]);
             }
         }
@@ -121,15 +140,15 @@ class Forward {
             const Vec c = multiply_add(forget, load(c_place, Vec::lanes), in * new_c);
             const Vec new_h = out * tanh<exact>(c);
             store(c_place, c, Vec::lanes);
-            store(state.new_h + (s + i) * width + unit, new_h, Vec::lanes);
-            const int64_t place = ((tile.origin[s + i] + offset) * R + tile.direction) * D + unit;
-            store(y + place, new_h, count);
+            store(state.next + (s + i) * row + inputs + unit, new_h, Vec::lanes);
+            store(y + place[i] * D + unit, new_h, count);
             if (cells) {
-                store(cells + place, c, count);
-                store(gate[i], in, count);
-                store(gate[i] + D, forget, count);
-                store(gate[i] + 2 * D, new_c, count);
-                store(gate[i] + 3 * D, out, count);
+                auto* kept = reinterpret_cast<KeptValue*>(gates) + place[i] * 4 * D + unit;
+                store(kept, in, count);
+                store(kept + D, forget, count);
+                store(kept + 2 * D, new_c, count);
+                store(kept + 3 * D, out, count);
+                store(cells + place[i] * D + unit, exact ? c : clamp(c, -kLargestFloat16, kLargestFloat16), count);
             }
         }
     }

@@ -16,20 +16,21 @@ namespace {
 template <class Value, class Dot>
 struct Typed {
     static int64_t packed_bytes(const Problem& problem, bool backward) {
-        const Packing<Dot> packing(problem.hidden);
+        const Packing<Dot> packing(problem);
         const int64_t elements = backward ? packing.backward_elements() : packing.forward_elements();
         return directions(problem) * elements * static_cast<int64_t>(sizeof(typename Dot::Element));
     }
 
-    static void pack(const Problem& problem, bool backward, const void* w_hh, void* packed) {
-        const Packing<Dot> packing(problem.hidden);
-        const Value* w = static_cast<const Value*>(w_hh);
+    static void pack(const Problem& problem, bool backward, const void* w_ih, const void* w_hh, void* packed) {
+        const Packing<Dot> packing(problem);
+        const Value *of_inputs = static_cast<const Value*>(w_ih), *w = static_cast<const Value*>(w_hh);
         auto* out = static_cast<typename Dot::Element*>(packed);
         for (int direction = 0; direction < directions(problem); ++direction, w += 4 * packing.D * packing.D) {
             if (backward)
                 packing.pack_backward(w, out + direction * packing.backward_elements());
             else
-                packing.pack_forward(w, out + direction * packing.forward_elements());
+                packing.pack_forward(of_inputs + direction * 4 * packing.D * packing.C, w,
+                                     out + direction * packing.forward_elements());
         }
     }
 
@@ -54,8 +55,9 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
         [](const Problem& p, bool backward) {
             return is_float(p) ? Floats32::packed_bytes(p, backward) : BFloats16::packed_bytes(p, backward);
         },
-        [](const Problem& p, bool backward, const void* w_hh, void* packed) {
-            is_float(p) ? Floats32::pack(p, backward, w_hh, packed) : BFloats16::pack(p, backward, w_hh, packed);
+        [](const Problem& p, bool backward, const void* w_ih, const void* w_hh, void* packed) {
+            is_float(p) ? Floats32::pack(p, backward, w_ih, w_hh, packed)
+                        : BFloats16::pack(p, backward, w_ih, w_hh, packed);
         },
         [](const Problem& p, const ForwardTensors& t) {
             return is_float(p) ? Floats32::forward(p, t) : BFloats16::forward(p, t);

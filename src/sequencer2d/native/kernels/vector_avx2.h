@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "bfloat16.h"
+#include "numbers.h"
 
 namespace {
 
@@ -44,17 +44,28 @@ inline void store(float* p, Vec x, int count) {
     _mm256_maskstore_ps(p, first(count), x.v);
 }
 
-inline Vec load(const bfloat16* p, int count) {
-    __m128i half;
-    if (count == Vec::lanes) {
-        half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    } else {
-        uint16_t some[8] = {};
-        for (int i = 0; i < count; ++i) some[i] = p[i].bits;
-        half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(some));
-    }
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+// `count` numbers of 16 bits; those beyond are 0.
+template <class Half>
+inline __m128i load_halves(const Half* p, int count) {
+    if (count == Vec::lanes) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    uint16_t some[8] = {};
+    for (int i = 0; i < count; ++i) some[i] = p[i].bits;
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(some));
 }
+
+template <class Half>
+inline void store_halves(Half* p, __m128i halves, int count) {
+    if (count == Vec::lanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+    uint16_t some[8];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(some), halves);
+    for (int i = 0; i < count; ++i) p[i].bits = some[i];
+}
+
+inline Vec load(const bfloat16* p, int count) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(p, count)), 16))};
+}
+
+inline Vec load(const float16* p, int count) { return {_mm256_cvtph_ps(load_halves(p, count))}; }
 
 inline void store(bfloat16* p, Vec x, int count) {
     const __m256i bits = _mm256_castps_si256(x.v), upper = _mm256_srli_epi32(bits, 16);
@@ -64,11 +75,12 @@ inline void store(bfloat16* p, Vec x, int count) {
     const __m256i quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40)); // a NaN stays one
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
     const __m256i words = _mm256_blendv_epi8(rounded, quiet, is_nan);
-    const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    if (count == Vec::lanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
-    uint16_t some[8];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(some), half);
-    for (int i = 0; i < count; ++i) p[i].bits = some[i];
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    store_halves(p, halves, count);
+}
+
+inline void store(float16* p, Vec x, int count) {
+    store_halves(p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count);
 }
 
 inline Vec clamp(Vec x, float low, float high) { // min and max give their second operand where one is NaN

@@ -8,7 +8,7 @@
 #endif
 #include <immintrin.h>
 
-#include "bfloat16.h"
+#include "numbers.h"
 
 namespace {
 
@@ -57,6 +57,15 @@ inline __m256i to_bfloat16(__m512 x) {
 }
 
 inline void store(bfloat16* p, Vec x, int count) { _mm256_mask_storeu_epi16(p, first(count), to_bfloat16(x.v)); }
+
+inline Vec load(const float16* p, int count) {
+    return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p))};
+}
+
+inline void store(float16* p, Vec x, int count) {
+    const __m256i half = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_mask_storeu_epi16(p, first(count), half);
+}
 
 inline Vec clamp(Vec x, float low, float high) { // min and max give their second operand where one is NaN
     return {_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x.v))};

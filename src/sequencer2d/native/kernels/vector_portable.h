@@ -2,7 +2,7 @@
 //
 // Every vector_*.h defines the same names:
 //   Vec                          `lanes` floats; operators + - * and those below
-//   load, store                  `count` values, float or bfloat16; lanes beyond are 0, or not written; count == lanes
+//   load, store                  `count` values, float, bfloat16 or float16; lanes beyond are 0, or not written; count == lanes
 //                                is what compilers should specialise for
 //   multiply_add(a, b, c)        a * b + c
 //   absolute(x)                  |x|
@@ -14,7 +14,7 @@
 //   BFloat16Dot                  how bfloat16 matrices are multiplied (dot.h)
 #pragma once
 
-#include "bfloat16.h"
+#include "numbers.h"
 
 namespace {
 
