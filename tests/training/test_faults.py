@@ -188,8 +188,7 @@ def test_a_vanished_data_folder_stops_and_the_run_goes_on_when_it_is_back(
 
 def test_a_dead_loader_worker_is_named(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill() -> None:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGKILL)
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)  # one: news of two may come too late
 
     with monkeypatch.context() as patch:
         fail_at(patch, 5, kill)
