@@ -57,26 +57,26 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
     with torch.device("meta"):
         model = Sequencer2D(config)
     macs = kept = peak = 0
+    patch = config.patch_sizes[0]
     if config.stem_widths:
-        patch = config.patch_sizes[0]
         height, width = (config.tokens_along(side, patch) * patch for side in (height, width))
         channels = config.in_chans
         kept += height * width * channels
         # Of every convolution, itself, its norm and GELU are kept, of pooling an index of two values per output. Alive
         # at once are a convolution's input, and its norm's input and output.
-        for dim, depth in zip(config.stem_widths, config.all_stem_depths, strict=True):
+        steps = [(dim, depth, True) for dim, depth in zip(config.stem_widths, config.all_stem_depths, strict=True)]
+        if config.stem_widths[-1] != config.embed_dims[0]:
+            steps.append((config.embed_dims[0], 1, False))
+        for dim, depth, halves in steps:
             for before in (channels, *[dim] * (depth - 1)):
                 macs += height * width * (9 * before * dim + _BATCH_NORM * dim)
                 kept += height * width * 3 * dim
                 peak = max(peak, height * width * (before + 2 * dim))
-            kept += height * width * dim // 4 * 2
-            height, width, channels = height // 2, width // 2, dim
-        if channels != (dim := config.embed_dims[0]):
-            macs += height * width * (9 * channels * dim + _BATCH_NORM * dim)
-            kept += height * width * 3 * dim
-            peak = max(peak, height * width * (channels + 2 * dim))
+            channels = dim
+            if halves:
+                kept += height * width * dim // 4 * 2
+                height, width = height // 2, width // 2
     else:
-        patch = config.patch_sizes[0]
         height, width = config.tokens_along(height, patch), config.tokens_along(width, patch)
         macs += height * width * _matrix_elements(model.stem)
         kept += height * width * patch**2 * config.in_chans
