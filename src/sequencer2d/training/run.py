@@ -66,6 +66,7 @@ from sequencer2d.training.run_folder import (
     changed_fields,
     checkpoint_of,
     choose_run_dir,
+    default_stem,
     load_run_config,
     locked,
     numbered,
@@ -321,8 +322,8 @@ def _resolve(config: TrainConfig, data: ImageData, ranks: Ranks) -> TrainConfig:
 
 def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str) -> Iterator[TrainConfig]:
     """Of the runs that a config may be meant to continue, which have found their batch size."""
-    stem = f"runs/{data_name}-{model_name.replace('/', '-')}"
-    for run_dir in map(Path, [config.run_dir] if config.run_dir else numbered(stem)):
+    folders = [config.run_dir] if config.run_dir else numbered(default_stem(data_name, model_name))
+    for run_dir in map(Path, folders):
         if (run_dir / "config.yaml").exists():
             yield load_run_config(run_dir)
         elif not run_dir.exists():

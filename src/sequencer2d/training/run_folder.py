@@ -22,6 +22,11 @@ MAY_CHANGE = {
 """Fields that a continued run may have otherwise than the stopped one."""
 
 
+def default_stem(data_name: str, model_name: str) -> str:
+    """Where runs lie that are given no folder, before a number."""
+    return f"runs/{data_name}-{model_name.replace('/', '-')}"
+
+
 def choose_run_dir(config: TrainConfig, data_name: str) -> Path:
     """The folder asked for, a stopped run of the same config to continue, or a new name."""
     if config.run_dir is not None:
@@ -34,7 +39,7 @@ def choose_run_dir(config: TrainConfig, data_name: str) -> Path:
                 why = f"of another config ({', '.join(changed)})" if changed else "and --resume is never"
                 raise ValueError(f"{run_dir} holds an unfinished run {why}; give another --run-dir")
         return run_dir
-    stem = f"runs/{data_name}-{config.model.replace('/', '-')}"
+    stem = default_stem(data_name, config.model)
     for run_dir in map(Path, numbered(stem)):
         if not run_dir.exists():
             return run_dir

@@ -13,6 +13,7 @@ from sequencer2d.files import write_atomic
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.recipes import config_from_yaml
 from sequencer2d.training.run import finished_run, train
+from sequencer2d.training.run_folder import default_stem
 
 log = logging.getLogger("sequencer2d")
 
@@ -92,7 +93,7 @@ def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> SeedsResult:
     if config.resume not in ("auto", "never"):
         raise ValueError(f"resume={config.resume} names one run; with seeds, give their --run-dir to go on")
     stem = re.sub(r"\W+", "-", Path(config.data).name).strip("-")
-    run_dir = Path(config.run_dir or f"runs/{stem}-{config.model.replace('/', '-')}-seeds")
+    run_dir = Path(config.run_dir or f"{default_stem(stem, config.model)}-seeds")
     if (run_dir / "config.yaml").exists():
         raise ValueError(f"{run_dir} holds a single run; give another --run-dir")
     split_seed = config.seed if config.split_seed is None else config.split_seed
