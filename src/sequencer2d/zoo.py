@@ -113,6 +113,15 @@ _CONV_TINY = SequencerConfig(
     stem_widths=(32, 64),
     stem_depths=(1, 2),
 )
+_CONV_SMALL = SequencerConfig(
+    layers=(2, 2),
+    patch_sizes=(4, 2),
+    embed_dims=(192, 320),
+    hidden_sizes=(48, 80),
+    mlp_ratios=(2.0, 2.0),
+    stem_widths=(48, 96),
+    stem_depths=(1, 2),
+)
 _CONV_PICO = SequencerConfig(
     layers=(2, 1),
     patch_sizes=(2, 2),
@@ -179,6 +188,7 @@ VARIANTS: dict[str, Variant] = {
     "sequencer2d_conv_p_patch2_16": _small(16, _CONV_PICO),
     "sequencer2d_conv_t_patch4_32": _small(32, _CONV_TINY),
     "sequencer2d_conv_t_patch4_64": _small(64, _CONV_TINY),
+    "sequencer2d_conv_s_patch4_32": _small(32, _CONV_SMALL),
 }
 
 
