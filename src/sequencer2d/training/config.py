@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from sequencer2d.cores import num_cores
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE, AugmentConfig, check_range
+from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 
 
@@ -163,6 +164,13 @@ class TrainConfig:
         """The batch size of a resolved config."""
         assert self.batch_size != "auto"
         return self.batch_size
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What a resolved config's model does with an image."""
+        assert self.image_size is not None
+        assert self.crop_pct is not None
+        return Preprocessing(image_size=self.image_size, crop_pct=self.crop_pct)
 
     @property
     def seed_of_split(self) -> int:

@@ -4,7 +4,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.catalog import FileImages, ImageData, ImageSet, load_data, split_names
-from sequencer2d.data.images import ImageError
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
@@ -28,9 +27,7 @@ from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
-from sequencer2d.peers import Classifier, Peer, is_peer, usual_input
-from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.training.batch_size import SMALLEST, find_batch_size
+from sequencer2d.peers import Classifier, Peer
 from sequencer2d.training.callbacks import (
     Checkpoints,
     JsonLinesLogger,
@@ -45,12 +42,11 @@ from sequencer2d.training.checkpoints import (
     updates_of,
 )
 from sequencer2d.training.compilation import check_compiler, compile_regions
-from sequencer2d.training.config import TrainConfig, resolve
+from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.distillation import Teacher, load_teacher
 from sequencer2d.training.early_stopping import StopWithoutImprovement
 from sequencer2d.training.faults import TrainingError, explained, load_fault
-from sequencer2d.training.finetune import follow_weights, freeze
-from sequencer2d.training.finetune_config import ProgressiveConfig
+from sequencer2d.training.finetune import freeze
 from sequencer2d.training.loggers import check_loggers, close_loggers, make_loggers
 from sequencer2d.training.machine import (
     Precision,
@@ -60,16 +56,15 @@ from sequencer2d.training.machine import (
     settled,
     tune_allocator,
 )
-from sequencer2d.training.models import check_peer, new_model
+from sequencer2d.training.models import check_peer, new_model, prepare
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
+from sequencer2d.training.resolving import resolve_for
 from sequencer2d.training.run_folder import (
     changed_fields,
     checkpoint_of,
     choose_run_dir,
-    default_stem,
     load_run_config,
     locked,
-    numbered,
     of_same_run,
     resume_path,
     run_of,
@@ -78,7 +73,6 @@ from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_mo
 from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
 from sequencer2d.visualize.report import Sample, write_report
 from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
-from sequencer2d.zoo import get_variant
 
 log = logging.getLogger("sequencer2d")
 
@@ -138,7 +132,7 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
     if config.compile:
         check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    config = ranks.of_first(lambda: _resolve(config, data, ranks))
+    config = ranks.of_first(lambda: resolve_for(config, data, ranks))
     run_dir = ranks.of_first(lambda: run_of(resumed_from) if resumed_from else choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
         raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
@@ -146,9 +140,7 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     if begun:
         check_split(run_dir, data)
     left_out = ranks.of_first(lambda: _left_out(run_dir, data, resumed=begun))
-    run = _Run(
-        config=config, run_dir=run_dir, data=data, left_out=left_out, preprocessing=_preprocessing(config), ranks=ranks
-    )
+    run = _Run(config=config, run_dir=run_dir, data=data, left_out=left_out, ranks=ranks)
     num_val = len(run.images("val"))
     if len(run.images("train")) < 2 or not num_val:
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
@@ -186,7 +178,7 @@ def replay_fault(path: str | Path) -> list[float]:
     model = new_model(config, facts["num_classes"])
     model.load_state_dict(state)
     ranks = Ranks(rank=facts["rank"])
-    task = SequencerTask(model.train(), config, _preprocessing(config), facts["batches_per_epoch"], ranks=ranks)
+    task = SequencerTask(model.train(), config, config.preprocessing, facts["batches_per_epoch"], ranks=ranks)
     losses = []
     for batch, seed in zip(batches, facts["seeds"], strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=facts["precision"] == "bf16-mixed"):
@@ -214,7 +206,7 @@ def finished_run(config: TrainConfig) -> dict[str, Any] | None:
     run_dir = Path(config.run_dir)
     if not (run_dir / "result.json").exists():
         return None
-    changed = changed_fields(load_run_config(run_dir), _resolve(config, _load_data(config), Ranks()))
+    changed = changed_fields(load_run_config(run_dir), resolve_for(config, _load_data(config), Ranks()))
     if changed:
         raise ValueError(f"{run_dir} holds a finished run of another config ({', '.join(changed)})")
     return json.loads((run_dir / "result.json").read_text())
@@ -230,7 +222,6 @@ class _Run:
     """As loaded and split."""
     left_out: dict[str, str]
     """Names of its images that are not used, each with the reason."""
-    preprocessing: Preprocessing
     ranks: Ranks
 
     def images(self, split: str) -> ImageSet:
@@ -274,7 +265,7 @@ class _Run:
             architecture=self.config.model,
             config=model.config,
             class_names=self.data.class_names,
-            preprocessing=self.preprocessing,
+            preprocessing=self.config.preprocessing,
             training={**origin, **results},
         )
 
@@ -296,64 +287,6 @@ def _load_data(config: TrainConfig) -> ImageData:
     return load_data(config.data, root=config.data_root, val_fraction=config.val_fraction, seed=config.seed_of_split)
 
 
-def _resolve(config: TrainConfig, data: ImageData, ranks: Ranks) -> TrainConfig:
-    config = follow_weights(config)
-    name = config.model if config.model != "auto" else _default_model(data)
-    if is_peer(name):
-        usual_size, usual_crop = _usual_input(name, data)
-    else:
-        usual_size, usual_crop = get_variant(name).image_size, get_variant(name).crop_pct
-    image_size = config.image_size or usual_size
-    small = image_size <= SMALL_IMAGE_SIZE
-    crop_pct = config.crop_pct or (1.0 if small else usual_crop)
-
-    def resolved(batch_size: int) -> TrainConfig:
-        numbered = replace(config, batch_size=batch_size)
-        return resolve(numbered, model=name, image_size=image_size, crop_pct=crop_pct, cores=ranks.machine_cores)
-
-    if config.batch_size != "auto":
-        return resolved(config.batch_size)
-    for saved in _configs_of_begun_runs(config, data.name, name):
-        begun = resolved(saved.images_per_step)
-        if not changed_fields(saved, begun):
-            return begun
-    return resolved(_find_batch_size(resolved(SMALLEST), data, ranks.world_size))
-
-
-def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str) -> Iterator[TrainConfig]:
-    """Of the runs that a config may be meant to continue, which have found their batch size."""
-    folders = [config.run_dir] if config.run_dir else numbered(default_stem(data_name, model_name))
-    for run_dir in map(Path, folders):
-        if (run_dir / "config.yaml").exists():
-            yield load_run_config(run_dir)
-        elif not run_dir.exists():
-            return
-
-
-def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -> int:
-    """For all processes together, by trying in this one."""
-    classes = len(data.class_names)
-    model = new_model(config, classes)
-    freeze(model, config.finetune.freeze)
-    _prepare(model, config)
-    teacher = load_teacher(config.distill, data.class_names)
-    if teacher and torch.cuda.is_available():
-        teacher.model.cuda()
-    at_full_size = replace(config, progressive=ProgressiveConfig())
-    task = SequencerTask(model, at_full_size, _preprocessing(config), 1, teacher)
-    precision, _ = choose_precision(config.precision)
-    found = find_batch_size(task, precision, num_images=len(data.train) // num_processes)
-    return found.batch_size * num_processes
-
-
-def _prepare(model: Classifier, config: TrainConfig) -> None:
-    # cuDNN's convolutions read and write this order fastest; peers are in it from the start.
-    if torch.cuda.is_available() and isinstance(model, Sequencer2D):
-        model.stem.to(memory_format=torch.channels_last)
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing()
-
-
 def _left_out(run_dir: Path, data: ImageData, *, resumed: bool) -> dict[str, str]:
     """Images that `sequencer2d check` found unreadable; a run that goes on leaves out what it began without."""
     file = run_dir / "left_out.json"
@@ -366,38 +299,6 @@ def _left_out(run_dir: Path, data: ImageData, *, resumed: bool) -> dict[str, str
     if left_out:
         log.info("%d images are left out that `sequencer2d check` found unreadable: %s", len(left_out), file)
     return left_out
-
-
-def _default_model(data: ImageData) -> str:
-    """The variant for the size of the first readable image."""
-    for index in range(min(len(data.train), 100)):
-        try:
-            side = max(data.train.image(index).size)
-        except ImageError:
-            continue
-        return next(name for limit, name in _MODEL_BY_SIDE if side <= limit)
-    raise ValueError(f"none of the first 100 training images of {data.name} can be read; check the folder")
-
-
-def _usual_input(name: str, data: ImageData) -> tuple[int, float]:
-    """Image size and crop for a peer: for small images those that a Sequencer would have, else timm's."""
-    own = usual_input(name)
-    ours = get_variant(_default_model(data))
-    return (ours.image_size, ours.crop_pct) if ours.image_size <= SMALL_IMAGE_SIZE else own
-
-
-_MODEL_BY_SIDE: list[tuple[float, str]] = [
-    (20, "sequencer2d_conv_p_patch2_16"),
-    (48, "sequencer2d_conv_t_patch4_32"),
-    (SMALL_IMAGE_SIZE, "sequencer2d_conv_t_patch4_64"),
-    (float("inf"), "sequencer2d_s"),
-]
-
-
-def _preprocessing(config: TrainConfig) -> Preprocessing:
-    assert config.image_size is not None
-    assert config.crop_pct is not None
-    return Preprocessing(image_size=config.image_size, crop_pct=config.crop_pct)
 
 
 def _precision(config: TrainConfig, run_dir: Path) -> Precision:
@@ -414,7 +315,7 @@ def _fit(
 ) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
     config, ranks = run.config, run.ranks
-    small = run.preprocessing.image_size <= SMALL_IMAGE_SIZE
+    small = run.config.preprocessing.image_size <= SMALL_IMAGE_SIZE
     train_images, val_images = (
         CachedImages(images) if small and not isinstance(images, ShardImages) else images
         for images in (run.images("train"), run.images("val"))
@@ -423,18 +324,18 @@ def _fit(
     share: dict[str, Any] = {"num_workers": workers, "rank": ranks.rank, "world_size": ranks.world_size}
     train_loader = TrainLoader(
         train_images,
-        TrainTransform(config.augment, run.preprocessing),
+        TrainTransform(config.augment, run.config.preprocessing),
         batch_size=config.images_per_step,
         seed=config.seed,
         **share,
     )
     val_batch = -(-config.images_per_step // ranks.world_size)
-    val_loader = eval_loader(val_images, EvalTransform(run.preprocessing), batch_size=val_batch, **share)
+    val_loader = eval_loader(val_images, EvalTransform(run.config.preprocessing), batch_size=val_batch, **share)
     if ranks.world_size > 1:
         share_batch_norms(model)
-    _prepare(model, config)
+    prepare(model, config)
     task = SequencerTask(
-        model, config, run.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
+        model, config, run.config.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
     )
 
     if config.compile:
@@ -536,7 +437,7 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
-    evaluation, answers = evaluate_images(model, run.preprocessing, images, **names)
+    evaluation, answers = evaluate_images(model, run.config.preprocessing, images, **names)
     skipped = tuple(dict.fromkeys([*task.skipped, *evaluation.skipped]))
     scores = {f"{split}_top1": evaluation.top1, f"{split}_loss": evaluation.loss}
     save_model(model, replace(card, training={**card.training, **scores}), path)
@@ -566,7 +467,7 @@ def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dic
     return {
         "Best validation accuracy": f"{result.val_top1:.2%}",
         "Data": f"{run.data.name}, {len(run.images('train')):,} training images, {len(run.data.class_names)} classes",
-        "Model": f"{run.config.model}, {run.preprocessing.image_size} pixels",
+        "Model": f"{run.config.model}, {run.config.preprocessing.image_size} pixels",
         "Parameters": f"{result.num_parameters / 1e6:.2f} M",
         "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
         "Machine": f"{environment['gpu'] or environment['cpu']}, {environment['threads']} threads",
