@@ -11,7 +11,7 @@ import torch
 
 from jobs import Job
 from runs import stop_at, tiny_run
-from sequencer2d.training import run as run_module
+from sequencer2d.training import resolving
 from sequencer2d.training.batch_size import Found, fastest, largest
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.faults import TrainingError
@@ -34,7 +34,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(6 + len(made))
         return Found(batch_size=made[-1], trials=(), reason="")
 
-    monkeypatch.setattr(run_module, "find_batch_size", find)
+    monkeypatch.setattr(resolving, "find_batch_size", find)
     return made
 
 

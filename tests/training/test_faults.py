@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -189,12 +190,13 @@ def test_a_vanished_data_folder_stops_and_the_run_goes_on_when_it_is_back(
 def test_a_dead_loader_worker_is_named(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def kill() -> None:
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)  # one: news of two may come too late
+        time.sleep(10)  # ends with the news, which would else come in the middle of anything
 
     with monkeypatch.context() as patch:
-        fail_at(patch, 5, kill)
+        fail_at(patch, 27, kill)  # at the second epoch's first image of 27, so that either process has more to load
         with pytest.raises(TrainingError, match=r"process that loads images died .*--num-workers 1"):
-            train(replace(config, num_workers=2))
-    assert whole(config) == 2
+            train(replace(config, batch_size=1, num_workers=2))
+    assert whole(config) == 14
 
 
 @pytest.mark.parametrize(
