@@ -113,15 +113,7 @@ _CONV_TINY = SequencerConfig(
     stem_widths=(32, 64),
     stem_depths=(1, 2),
 )
-_CONV_SMALL = SequencerConfig(
-    layers=(2, 2),
-    patch_sizes=(4, 2),
-    embed_dims=(192, 320),
-    hidden_sizes=(48, 80),
-    mlp_ratios=(2.0, 2.0),
-    stem_widths=(48, 96),
-    stem_depths=(1, 2),
-)
+_CONV_SMALL = replace(_CONV_TINY, embed_dims=(192, 320), hidden_sizes=(48, 80), stem_widths=(48, 96))
 _CONV_PICO = SequencerConfig(
     layers=(2, 1),
     patch_sizes=(2, 2),

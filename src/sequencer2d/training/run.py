@@ -315,7 +315,7 @@ def _fit(
 ) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
     config, ranks = run.config, run.ranks
-    small = run.config.preprocessing.image_size <= SMALL_IMAGE_SIZE
+    small = config.preprocessing.image_size <= SMALL_IMAGE_SIZE
     train_images, val_images = (
         CachedImages(images) if small and not isinstance(images, ShardImages) else images
         for images in (run.images("train"), run.images("val"))
@@ -324,18 +324,18 @@ def _fit(
     share: dict[str, Any] = {"num_workers": workers, "rank": ranks.rank, "world_size": ranks.world_size}
     train_loader = TrainLoader(
         train_images,
-        TrainTransform(config.augment, run.config.preprocessing),
+        TrainTransform(config.augment, config.preprocessing),
         batch_size=config.images_per_step,
         seed=config.seed,
         **share,
     )
     val_batch = -(-config.images_per_step // ranks.world_size)
-    val_loader = eval_loader(val_images, EvalTransform(run.config.preprocessing), batch_size=val_batch, **share)
+    val_loader = eval_loader(val_images, EvalTransform(config.preprocessing), batch_size=val_batch, **share)
     if ranks.world_size > 1:
         share_batch_norms(model)
     prepare(model, config)
     task = SequencerTask(
-        model, config, run.config.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
+        model, config, config.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
     )
 
     if config.compile:

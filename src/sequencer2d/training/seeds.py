@@ -96,7 +96,7 @@ def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> SeedsResult:
     run_dir = Path(config.run_dir or f"{default_stem(stem, config.model)}-seeds")
     if (run_dir / "config.yaml").exists():
         raise ValueError(f"{run_dir} holds a single run; give another --run-dir")
-    split_seed = config.seed if config.split_seed is None else config.split_seed
+    split_seed = config.seed_of_split
     result = SeedsResult(run_dir=run_dir, runs=(), finished=False)
     for seed in seeds:
         of_seed = replace(config, seed=seed, split_seed=split_seed, run_dir=str(run_dir / f"seed-{seed}"))
