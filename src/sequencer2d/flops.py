@@ -62,20 +62,21 @@ def costs(config: SequencerConfig, image_size: int | tuple[int, int]) -> Costs:
         height, width = (config.tokens_along(side, patch) * patch for side in (height, width))
         channels = config.in_chans
         kept += height * width * channels
-        # Of every convolution, itself, its norm and GELU are kept, of pooling an index of two values per output. Alive
-        # at once are a convolution's input, and its norm's input and output.
+        # Of every convolution, itself, its norm and GELU are kept; of pooling, its output and an index of two values.
+        # Alive at once are the input and either a convolution's norm's input and output, or pooling's and the index.
         steps = [(dim, depth, True) for dim, depth in zip(config.stem_widths, config.all_stem_depths, strict=True)]
         if config.stem_widths[-1] != config.embed_dims[0]:
             steps.append((config.embed_dims[0], 1, False))
         for dim, depth, halves in steps:
-            for before in (channels, *[dim] * (depth - 1)):
-                macs += height * width * (9 * before * dim + _BATCH_NORM * dim)
+            for number in range(depth):
+                pixels, pools = height * width, halves and number == 0
+                if pools:
+                    kept += pixels * dim + pixels // 4 * 2 * dim
+                    height, width = height // 2, width // 2
+                peak = max(peak, pixels * (channels + dim) + height * width * (3 if pools else 1) * dim)
+                macs += pixels * 9 * channels * dim + height * width * _BATCH_NORM * dim
                 kept += height * width * 3 * dim
-                peak = max(peak, height * width * (before + 2 * dim))
-            channels = dim
-            if halves:
-                kept += height * width * dim // 4 * 2
-                height, width = height // 2, width // 2
+                channels = dim
     else:
         height, width = config.tokens_along(height, patch), config.tokens_along(width, patch)
         macs += height * width * _matrix_elements(model.stem)

@@ -287,10 +287,18 @@ class PatchEmbed(nn.Module):
 class ConvPatchEmbed(nn.Module):
     """Overlapping patches for small images: 3×3 convolutions and halvings instead of one cut.
 
-    Every step is one or more convolutions, each with batch norm and GELU, then 2×2 max pooling; the patch size is thus
-    `2 ** len(widths)`. The first convolution of a step leads to its width, the others are added to their input. Where
-    the last width is not `embed_dim`, one more convolution leads there, on the small grid.
-    After the convolutional tokenizers of Xiao et al. 2021 and Hassani et al. 2021 (CCT).
+    Every step is a convolution, 2×2 max pooling, batch norm and GELU, so that the norm and GELU see a quarter of the
+    values; then come convolutions that are added to their input, each with norm and GELU. The patch size is thus
+    `2 ** len(widths)`. Where the last width is not `embed_dim`, one more convolution leads there, on the small grid.
+    After the convolutional tokenizers of Xiao et al. 2021 and Hassani et al. 2021 (CCT), the order after the ResNets
+    for CIFAR-10 of Jordan 2024 (`airbench94.py`).
+
+    Args:
+        in_chans: Channels of the image.
+        widths: Channels after each halving.
+        depths: Convolutions at each of these widths, the first with its halving.
+        embed_dim: Channels of a token.
+        pad: Whether images of other sizes are padded, or cut as in `PatchEmbed`.
     """
 
     def __init__(
@@ -301,8 +309,9 @@ class ConvPatchEmbed(nn.Module):
         self.patch_size = 2 ** len(widths)
         self.steps = nn.Sequential()
         for before, after, depth in zip((in_chans, *widths), widths, depths, strict=False):
+            convolution, *others = _convolution(before, after)
             residuals = [ResidualConvolution(after) for _ in range(depth - 1)]
-            self.steps.append(nn.Sequential(*_convolution(before, after), *residuals, nn.MaxPool2d(2)))
+            self.steps.append(nn.Sequential(convolution, nn.MaxPool2d(2), *others, *residuals))
         lacking = widths[-1] != embed_dim
         self.proj = nn.Sequential(*_convolution(widths[-1], embed_dim)) if lacking else nn.Identity()
 

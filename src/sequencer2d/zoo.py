@@ -105,15 +105,15 @@ _TINY = SequencerConfig(
     mlp_ratios=(3.0, 3.0),
 )
 _CONV_TINY = SequencerConfig(
-    layers=(2, 2),
+    layers=(2, 1),
     patch_sizes=(4, 2),
     embed_dims=(128, 256),
     hidden_sizes=(32, 64),
     mlp_ratios=(2.0, 2.0),
-    stem_widths=(32, 64),
-    stem_depths=(1, 2),
+    stem_widths=(64, 128),
+    stem_depths=(2, 2),
 )
-_CONV_SMALL = replace(_CONV_TINY, embed_dims=(192, 320), hidden_sizes=(48, 80), stem_widths=(48, 96))
+_CONV_SMALL = replace(_CONV_TINY, layers=(1, 1), embed_dims=(256, 256), hidden_sizes=(64, 64), stem_widths=(64, 256))
 _CONV_PICO = SequencerConfig(
     layers=(2, 1),
     patch_sizes=(2, 2),
