@@ -113,7 +113,7 @@ _CONV_TINY = SequencerConfig(
     stem_widths=(64, 128),
     stem_depths=(2, 2),
 )
-_CONV_SMALL = replace(_CONV_TINY, layers=(1, 1), embed_dims=(256, 256), hidden_sizes=(64, 64), stem_widths=(64, 256))
+_CONV_SMALL = replace(_CONV_TINY, stem_depths=(5, 5))
 _CONV_PICO = SequencerConfig(
     layers=(2, 1),
     patch_sizes=(2, 2),
