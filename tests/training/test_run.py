@@ -542,7 +542,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_model_whole(
 
     monkeypatch.setattr(files.os, "fsync", fsync)
     with pytest.raises(
-        TrainingError, match=r"disk is full .*No space left .*(model\.safetensors|step-.*ckpt).*--resume"
+        TrainingError, match=r"disk is full .*No space left .*(model\.safetensors|step-.*ckpt|metrics\.jsonl).*--resume"
     ):
         train(config)
     monkeypatch.undo()
