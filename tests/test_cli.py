@@ -209,7 +209,8 @@ def test_models_prints_what_an_image_costs(capsys: pytest.CaptureFixture[str], m
     assert "sequencer2d_xs" not in shown
     assert re.search(r"^sequencer2d_conv_t_patch4_32 +1\.64 M +448² +14\.3\d G", shown, re.MULTILINE)
     assert main(["models", "conv", "--image-size", "448x320"]) == DONE
-    assert re.search(r"^sequencer2d_conv_t_patch4_32 +1\.64 M 448×320 +10\.2\d G", capsys.readouterr().out, re.MULTILINE)
+    shown = capsys.readouterr().out
+    assert re.search(r"^sequencer2d_conv_t_patch4_32 +1\.64 M 448×320 +10\.2\d G", shown, re.MULTILINE)
     for size in ("0", "-3", "x", "448x", "448x0", "448x320x3", "448.5"):
         assert main(["models", "--image-size", size]) == WRONG_INPUT
         assert f"--image-size {size} must be a side in pixels" in capsys.readouterr().err

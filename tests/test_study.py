@@ -305,6 +305,15 @@ def test_a_model_that_cannot_be_made_names_its_run(tmp_path: Path, docs: Path) -
         make_results.main([str(run_dir)], docs)
 
 
+def test_a_summary_keeps_its_costs_when_a_variant_changes_or_goes(tmp_path: Path, docs: Path) -> None:
+    make_results.main([str(finished_run(tmp_path / "a", 0.8))], docs)
+    page = (docs / "results.md").read_text()
+    path = docs / "results" / "a" / "config.yaml"
+    path.write_text(path.read_text().replace(OURS, "sequencer2d_gone"))
+    make_results.main([], docs)
+    assert (docs / "results.md").read_text() == page
+
+
 def texts_of(svg: str) -> dict[str, tuple[float, float]]:
     """The texts of a picture and where they stand."""
     found = {}

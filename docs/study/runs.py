@@ -40,11 +40,8 @@ class Run:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of one image."""
-        try:
-            return macs_per_image(self.config, self.result["evaluation"]["num_classes"])
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the model of {self.name} cannot be made from its config.yaml: {error}") from error
+        """Multiply-accumulates of one image, counted when the run was taken up: a variant may change later."""
+        return self.result["macs"]
 
     @property
     def images_seen(self) -> int:
@@ -119,7 +116,7 @@ def take_up(run_dir: Path, results: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: It is no finished run.
-        ValueError: The code that it ran is in no commit.
+        ValueError: The code that it ran is in no commit, or its model cannot be made.
     """
     if (run_dir / "seeds.json").exists():
         return [name for seed in sorted(run_dir.glob("seed-*")) for name in take_up(seed, results)]
@@ -133,11 +130,16 @@ def take_up(run_dir: Path, results: Path) -> list[str]:
     name = f"{run_dir.parent.name}-{run_dir.name}" if re.fullmatch(r"seed-\d+", run_dir.name) else run_dir.name
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     rows = _read_lines(run_dir / "metrics.jsonl")
+    result = summarise_result(_read_json(run_dir / "result.json"), rows)
+    try:
+        result["macs"] = macs_per_image(config, result["evaluation"]["num_classes"])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"the model of {name} cannot be made from its config.yaml: {error}") from error
     environment["command"] = shlex.join(_portable(word) for word in shlex.split(environment["command"]))
     files = {
         "config.yaml": yaml.safe_dump(_portable(config), sort_keys=False),
         "environment.json": json.dumps(environment, indent=1) + "\n",
-        "result.json": json.dumps(summarise_result(_read_json(run_dir / "result.json"), rows), indent=1) + "\n",
+        "result.json": json.dumps(result, indent=1) + "\n",
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in thin(rows)),
     }
     for path in sorted((run_dir / "evaluations").glob("*.json")):
