@@ -191,6 +191,20 @@ def test_rows_without_runs_are_left_out_and_runs_without_row_come_last(tmp_path:
     assert page.count("a processor (AVX512), 2 of 4 cores; torch 2.9") == 1
 
 
+def test_a_continued_run_names_the_command_that_began_it_and_every_commit(tmp_path: Path, docs: Path) -> None:
+    path = finished_run(tmp_path / "a", 0.8) / "environment.json"
+    begun = json.loads(path.read_text())
+    steps = [{"command": f"sequencer2d train --resume {tmp_path}/a", "commit": commit * 40} for commit in "abb"]
+    path.write_text(json.dumps({**begun, "continued": steps}))
+    make_results.main([str(path.parent)], docs)
+    page = (docs / "results.md").read_text()
+    assert f"--run-dir ./a` (commit {'a' * 12}, continued at {'b' * 12}, 1 unreadable" in page
+    assert str(tmp_path) not in (docs / "results" / "a" / "environment.json").read_text()
+    path.write_text(json.dumps({**begun, "continued": [{**steps[0], "commit": "b+"}]}))
+    with pytest.raises(ValueError, match="code of no commit"):
+        take_up(path.parent, docs / "results")
+
+
 def test_several_machines_are_named_once_and_told_apart(tmp_path: Path, docs: Path) -> None:
     runs = [finished_run(tmp_path / name, 0.8) for name in "abc"]
     path = runs[1] / "environment.json"

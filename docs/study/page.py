@@ -7,7 +7,7 @@ from statistics import fmean
 
 from study.pictures import Curve, Dot, draw_dots, draw_lines, draw_run
 from study.plan import Line, Plot, Row, Study, lines_of, runs_of_no_table
-from study.runs import Run
+from study.runs import Run, commits_of
 from study.tables import mean_of, rounded_count, write_table
 
 HEAD = """# Results
@@ -152,7 +152,8 @@ def _commands(labels: dict[str, str], runs: dict[str, Run]) -> str:
     commands = []
     for name, label in labels.items():
         run = runs[name]
-        facts = [f"commit {run.environment['commit'][:12]}"]
+        first, *others = dict.fromkeys(commit[:12] for commit in commits_of(run.environment))
+        facts = [f"commit {first}" + "".join(f", continued at {other}" for other in others)]
         if several:
             facts.append(f"machine {machines.index(run.machine) + 1}")
         if run.result["num_skipped"]:

@@ -124,9 +124,9 @@ def take_up(run_dir: Path, results: Path) -> list[str]:
         raise FileNotFoundError(f"{run_dir} is no finished run: it has no result.json")
     run_dir = run_dir.resolve()
     environment = _read_json(run_dir / "environment.json")
-    commit = environment["commit"]
-    if not commit or commit.endswith("+"):
-        raise ValueError(f"{run_dir} ran code of no commit ({commit}); train it again from a clean checkout")
+    for commit in commits_of(environment):
+        if not commit or commit.endswith("+"):
+            raise ValueError(f"{run_dir} ran code of no commit ({commit}); train it again from a clean checkout")
     name = f"{run_dir.parent.name}-{run_dir.name}" if re.fullmatch(r"seed-\d+", run_dir.name) else run_dir.name
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     rows = _read_lines(run_dir / "metrics.jsonl")
@@ -135,7 +135,8 @@ def take_up(run_dir: Path, results: Path) -> list[str]:
         result["macs"] = macs_per_image(config, result["evaluation"]["num_classes"])
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"the model of {name} cannot be made from its config.yaml: {error}") from error
-    environment["command"] = shlex.join(_portable(word) for word in shlex.split(environment["command"]))
+    for step in (environment, *environment.get("continued", [])):
+        step["command"] = shlex.join(_portable(word) for word in shlex.split(step["command"]))
     files = {
         "config.yaml": yaml.safe_dump(_portable(config), sort_keys=False),
         "environment.json": json.dumps(environment, indent=1) + "\n",
@@ -149,6 +150,11 @@ def take_up(run_dir: Path, results: Path) -> list[str]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     return [name]
+
+
+def commits_of(environment: Mapping[str, Any]) -> list[str | None]:
+    """Of the code that began a run and of that which continued it, in order."""
+    return [step["commit"] for step in (environment, *environment.get("continued", []))]
 
 
 def summarise_result(result: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from runs import tiny_run
 from sequencer2d.training import ranks
 from sequencer2d.training.config import TrainConfig
-from sequencer2d.training.machine import describe_machine, flushes_denormals, set_threads, settled
+from sequencer2d.training.machine import continued, describe_machine, flushes_denormals, set_threads, settled
 from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask
@@ -181,3 +181,10 @@ def test_a_training_settles_the_machine_and_says_each_setting_once(
 def test_the_command_is_told_without_the_folder_of_its_program(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [program, "train", "--data", "my cats"])
     assert describe_machine()["command"] == "sequencer2d train --data 'my cats'"
+
+
+def test_a_continued_run_keeps_the_command_that_began_it() -> None:
+    steps = [{"command": f"sequencer2d train {what}", "commit": what, "threads": k} for k, what in enumerate("abc")]
+    begun = continued(continued(steps[0], steps[1]), steps[2])
+    assert (begun["command"], begun["commit"], begun["threads"]) == ("sequencer2d train a", "a", 2)
+    assert [step["commit"] for step in begun["continued"]] == ["b", "c"]

@@ -242,6 +242,7 @@ def test_resume_takes_a_folder_or_a_checkpoint_and_the_run_s_own_config(
         stop_at(patch, 1)
         assert not train(TrainConfig(resume=str(run_dir))).finished
     assert train(TrainConfig(resume=str(last_checkpoint(run_dir)))).finished
+    assert len(json.loads((run_dir / "environment.json").read_text())["continued"]) == 2
 
 
 def test_started_again_by_the_launcher_a_run_goes_on_from_where_it_was(

@@ -243,6 +243,13 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def continued(first: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Of a run that goes on: the machine of now, the command and commit that began it, and those that came after."""
+    step = {key: now[key] for key in ("command", "commit")}
+    begun = {key: first[key] for key in step}
+    return now | begun | {"continued": [*first.get("continued", []), step]}
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

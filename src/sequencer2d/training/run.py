@@ -51,6 +51,7 @@ from sequencer2d.training.loggers import check_loggers, close_loggers, make_logg
 from sequencer2d.training.machine import (
     Precision,
     choose_precision,
+    continued,
     describe_machine,
     describe_optimizer,
     settled,
@@ -256,7 +257,10 @@ class _Run:
         (self.run_dir / "left_out.json").unlink(missing_ok=True)
         if self.left_out:
             write_atomic(self.run_dir / "left_out.json", json.dumps(self.left_out, indent=2))
-        write_atomic(self.run_dir / "environment.json", json.dumps(describe_machine(), indent=2))
+        environment, path = describe_machine(), self.run_dir / "environment.json"
+        if path.exists():
+            environment = continued(json.loads(path.read_text()), environment)
+        write_atomic(path, json.dumps(environment, indent=2))
 
     def card(self, model: Classifier, results: dict[str, Any]) -> ModelCard:
         origin = {name: getattr(self.config, name) for name in ("data", "data_root", "val_fraction", "seed")}
