@@ -219,11 +219,11 @@ def test_several_machines_are_named_once_and_told_apart(tmp_path: Path, docs: Pa
 
 def test_columns_are_those_asked_for_that_have_values(tmp_path: Path, docs: Path) -> None:
     row = {"label": "Ours", "runs": ["a"]}
-    write_study(docs, table(rows=[row], columns=["test", "int8", "bf16", "minutes"]))
-    half = {"half": evaluation(0.79, precision="bf16")}
+    write_study(docs, table(rows=[row], columns=["test", "int8", "bf16", "test_24", "test_28", "minutes"]))
+    half = {"half": evaluation(0.79, precision="bf16"), "larger": evaluation(0.7, image_size=24)}
     make_results.main([str(finished_run(tmp_path / "a", 0.8, evaluations=half))], docs)
-    assert heading(docs) == ["", "test top-1", "test top-1, bf16", "minutes"]
-    assert row_of(docs, "Ours")[1:] == ["80.00 %", "79.00 %", "10.0"]
+    assert heading(docs) == ["", "test top-1", "test top-1, bf16", "test at 24²", "minutes"]
+    assert row_of(docs, "Ours")[1:] == ["80.00 %", "79.00 %", "70.00 %", "10.0"]
     write_study(docs, table(rows=[row], columns=["tset"]))
     with pytest.raises(ValueError, match="no column is named tset: there are parameters, macs"):
         make_results.main([], docs)

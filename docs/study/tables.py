@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from study.plan import Line
 from study.runs import Run
@@ -50,6 +51,13 @@ def _share(heading: str, value: Callable[[Run], float | None]) -> Column:
     return Column(heading=heading, value=value, text=percent, spread=True)
 
 
+def _at_size(run: Run, size: int) -> float | None:
+    return run.top1_by_image_size("test").get(size)
+
+
+SIZES = (24, 28, 32, 40, 48, 56, 64, 80, 96, 128)
+"""Of images in pixels: `test_24` and so on are columns."""
+
 COLUMNS: dict[str, Column] = {
     "parameters": Column(heading="parameters", value=lambda run: run.result["num_parameters"], text=short_count),
     "macs": Column(heading="MACs", value=lambda run: run.macs, text=short_count),
@@ -63,6 +71,7 @@ COLUMNS: dict[str, Column] = {
     "val_flips": _share("val top-1, flips", lambda run: run.top1("val", flips=True)),
     "bf16": _share("test top-1, bf16", lambda run: run.top1("test", precision="bf16")),
     "int8": _share("test top-1, int8", lambda run: run.top1("test", precision="int8")),
+    **{f"test_{size}": _share(f"test at {size}²", partial(_at_size, size=size)) for size in SIZES},
     "test_loss": Column(heading="test loss", value=lambda run: _of_test(run, "loss"), text="{:.4f}".format),
     "test_ece": Column(heading="calibration error", value=lambda run: _of_test(run, "ece"), text="{:.4f}".format),
     "updates": Column(heading="updates", value=lambda run: run.result["updates"], text="{:,.0f}".format),
