@@ -22,7 +22,7 @@ from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.weights import ModelCard, load_model, save_model
 from sequencer2d.zoo import get_config
-from study.runs import commits_of
+from study.runs import uncommitted
 
 FOLDER = Path(__file__).parent.parent / "src" / "sequencer2d" / "pretrained"
 MAX_BYTES = 8_000_000
@@ -43,8 +43,8 @@ def package(run_dir: Path, name: str) -> Path:
         raise FileNotFoundError(f"{run_dir} has no result.json: continue the run with sequencer2d train --resume")
     result = json.loads((run_dir / "result.json").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
-    if uncommitted := [commit for commit in commits_of(environment) if not commit or commit.endswith("+")]:
-        raise ValueError(f"{run_dir} was trained by code that is not committed: {uncommitted[0]}; train again")
+    if lacking := uncommitted(environment):
+        raise ValueError(f"{run_dir} was trained by code that is not committed: {lacking[0]}; train again")
     check_architecture(card, name)
     top1, num_val = rounded_accuracy(run_dir, model, card)
     trained = {key: value for key, value in card.training.items() if key != "data_root"}

@@ -152,7 +152,7 @@ def _commands(labels: dict[str, str], runs: dict[str, Run]) -> str:
     commands = []
     for name, label in labels.items():
         run = runs[name]
-        first, *others = dict.fromkeys(commit[:12] for commit in commits_of(run.environment))
+        first, *others = dict.fromkeys((commit or "unknown")[:12] for commit in commits_of(run.environment))
         facts = [f"commit {first}" + "".join(f", continued at {other}" for other in others)]
         if several:
             facts.append(f"machine {machines.index(run.machine) + 1}")

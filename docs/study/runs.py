@@ -124,9 +124,8 @@ def take_up(run_dir: Path, results: Path) -> list[str]:
         raise FileNotFoundError(f"{run_dir} is no finished run: it has no result.json")
     run_dir = run_dir.resolve()
     environment = _read_json(run_dir / "environment.json")
-    for commit in commits_of(environment):
-        if not commit or commit.endswith("+"):
-            raise ValueError(f"{run_dir} ran code of no commit ({commit}); train it again from a clean checkout")
+    if lacking := uncommitted(environment):
+        raise ValueError(f"{run_dir} ran code of no commit ({lacking[0]}); train it again from a clean checkout")
     name = f"{run_dir.parent.name}-{run_dir.name}" if re.fullmatch(r"seed-\d+", run_dir.name) else run_dir.name
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     rows = _read_lines(run_dir / "metrics.jsonl")
@@ -155,6 +154,11 @@ def take_up(run_dir: Path, results: Path) -> list[str]:
 def commits_of(environment: Mapping[str, Any]) -> list[str | None]:
     """Of the code that began a run and of that which continued it, in order."""
     return [step["commit"] for step in (environment, *environment.get("continued", []))]
+
+
+def uncommitted(environment: Mapping[str, Any]) -> list[str | None]:
+    """Those of `commits_of` that nobody can check out: none is known, or the checkout had changes."""
+    return [commit for commit in commits_of(environment) if not commit or commit.endswith("+")]
 
 
 def summarise_result(result: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
