@@ -3,8 +3,8 @@
 Shapes: `B` batch, `H` rows, `W` columns, `C` channels, `D` hidden size, `R` directions in all: first those along
 columns (down, up), then those along rows (right, left); `N = B·H·W` tokens. Gates are in PyTorch's order i, f, g, o.
 
-The recurrence is the kernels', and in bf16 the projection of the inputs with it: what is between them is never rounded.
-In fp32 the projections of all directions are one matrix product of a library's.
+The recurrence is the kernels', and so is the projection of the inputs, which then is neither stored nor rounded between
+them. Only in fp32 without AVX-512 the projections of all directions are one matrix product of a library's.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sequencer2d.native.library import Shape, kernel
+from sequencer2d.native.library import FP32_PROJECTIONS, Shape, kernel
 from sequencer2d.native.matmul import linear, weight_gradient
 
 KEPT = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
@@ -23,7 +23,7 @@ KEPT = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
 def shape_of(x: Tensor, dtype: torch.dtype, directions: int, hidden: int, vertical: int) -> Shape:
     """Of a call with `[B, H, W, C]` tokens, computed in `dtype`."""
     B, H, W, C = x.shape
-    channels = C if dtype == torch.bfloat16 else 0
+    channels = C if dtype == torch.bfloat16 or kernel().name in FP32_PROJECTIONS else 0
     return Shape(
         batch=B,
         height=H,

@@ -121,18 +121,29 @@ class Forward {
         UNROLL for (int i = 0; i < Sequences; ++i) {
             place[i] = (tile.origin[s + i] + offset) * R + tile.direction;
             const Value* start = (x ? bias + tile.direction * 4 * D : gates + place[i] * 4 * D) + unit;
-            UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = load(start + g * D, count);
+            UNROLL for (int g = 0; g < 4; ++g)
+                sum[i][g] = exact && x ? Vec::broadcast(0) : load(start + g * D, count);
         }
         const int64_t row = inputs + width;
         const Element* now = state.now + s * row;
-        for (int64_t k = 0; k < depth; ++k) {
-            typename Dot::Weights w[4];
-            UNROLL for (int g = 0; g < 4; ++g) w[g] = Dot::weights(weights + (k * 4 + g) * packing.row);
-            UNROLL for (int i = 0; i < Sequences; ++i) {
-                const typename Dot::State x = Dot::broadcast(now + i * row + k * Dot::depth);
-                UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = Dot::multiply_add(w[g], x, sum[i][g]);
+        const auto add_products = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+            for (int64_t k = begin; k < end; ++k) {
+                typename Dot::Weights w[4];
+                UNROLL for (int g = 0; g < 4; ++g) w[g] = Dot::weights(weights + (k * 4 + g) * packing.row);
+                UNROLL for (int i = 0; i < Sequences; ++i) {
+                    const typename Dot::State from = Dot::broadcast(now + i * row + k * Dot::depth);
+                    UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = Dot::multiply_add(w[g], from, sum[i][g]);
+                }
+            }
+        };
+        if (exact && x) { // the bias after what may be large, as libraries add it
+            add_products(0, packing.input_steps);
+            UNROLL for (int g = 0; g < 4; ++g) {
+                const Vec b = load(bias + (tile.direction * 4 + g) * D + unit, count);
+                UNROLL for (int i = 0; i < Sequences; ++i) sum[i][g] = sum[i][g] + b;
             }
         }
+        add_products(exact ? packing.input_steps : 0, depth);
         UNROLL for (int i = 0; i < Sequences; ++i) {
             const Vec in = sigmoid<exact>(sum[i][0]), forget = sigmoid<exact>(sum[i][1]);
             const Vec new_c = tanh<exact>(sum[i][2]), out = sigmoid<exact>(sum[i][3]);
