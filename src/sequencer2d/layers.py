@@ -236,6 +236,9 @@ class Sequencer2DBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, H, W, C]` to `[B, H, W, C]`."""
         if not torch.jit.is_scripting():
+            inferred = native.infer_block(self, x, BiLSTM2D.forward)
+            if inferred is not None:
+                return inferred
             x, normed = native.residual_norm(x, None, self.drop_path, self.norm1, self.backend)
             x, normed = native.residual_norm(x, self.rnn_tokens(normed), self.drop_path, self.norm2, self.backend)
             return x + self.drop_path(native.mlp(self.mlp_channels, normed, self.backend))

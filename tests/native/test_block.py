@@ -181,20 +181,28 @@ def test_a_model_is_the_same_on_both_backends() -> None:
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def parts(model_block: Sequencer2DBlock) -> list[nn.Module]:
-    mlp: Any = model_block.mlp_channels
-    return [model_block.norm1, model_block.norm2, mlp, mlp.fc1, mlp.act, mlp.fc2, model_block.rnn_tokens.fc]  # type: ignore
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_every_hook_in_a_block_is_called(training: bool) -> None:
     model_block = Sequencer2DBlock(16, 4).train(training)
+    parts = [module for module in model_block.modules() if module is not model_block]
     called: list[int] = []
-    for i, module in enumerate(parts(model_block)):
+    for i, module in enumerate(parts):
         module.register_forward_hook(lambda *_, i=i: called.append(i))
     with torch.set_grad_enabled(training):
         model_block(torch.randn(1, 4, 4, 16))
-    assert sorted(called) == [*range(7)]
+    expected = [i for i, module in enumerate(parts) for _ in range(1 + (module is model_block.drop_path))]
+    assert sorted(called) == expected
+
+
+@pytest.mark.parametrize("part", range(14))
+def test_one_hook_in_a_block_is_called(part: int) -> None:
+    """One alone, as what sees another one would see none of the rest."""
+    model_block = Sequencer2DBlock(16, 4).eval()
+    called: list[int] = []
+    [*model_block.modules()][1 + part].register_forward_hook(lambda *_: called.append(part))
+    with torch.no_grad():
+        model_block(torch.randn(1, 4, 4, 16))
+    assert set(called) == {part}
 
 
 def test_layers_in_the_place_of_ours_are_used() -> None:

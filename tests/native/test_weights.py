@@ -128,8 +128,8 @@ def test_each_way_to_call_has_its_weights() -> None:
 
 def test_without_a_change_nothing_is_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, calls = BiLSTM2D(8, 3), []
-    pack = weights._pack
-    monkeypatch.setattr(weights, "_pack", lambda *arguments: calls.append(1) or pack(*arguments))
+    pack = weights.pack
+    monkeypatch.setattr(weights, "pack", lambda *arguments: calls.append(1) or pack(*arguments))
     for _ in range(3):
         check(layer)
     assert len(calls) == 1

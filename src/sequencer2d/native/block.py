@@ -38,7 +38,7 @@ def residual_norm(
         and (bias := norm.bias) is not None
         and is_plain(*tensors, weight := norm.weight, bias)
         and norm.normalized_shape == x.shape[-1:]
-        and (x.dtype, dtype) in _TYPES
+        and (x.dtype, dtype) in TYPES
         and all(tensor.is_contiguous() and tensor.shape == x.shape for tensor in tensors)
         and (branch is None or branch.dtype == dtype)
         and x.numel() > 0
@@ -50,7 +50,7 @@ def residual_norm(
         scale = drop_path(branch.new_ones(len(branch), 1, 1, 1)).float()
     if torch.is_grad_enabled():
         return _ResidualNorm.apply(x, branch, scale, weight, bias, norm.eps, dtype)  # type: ignore[return-value]
-    return _run_norm(x, branch, scale, weight.float(), bias.float(), norm.eps, dtype, None)
+    return run_norm(x, branch, scale, weight.float(), bias.float(), norm.eps, dtype, None)
 
 
 def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
@@ -83,7 +83,8 @@ def _plain_parameters(module: Mlp, x: Tensor) -> tuple[Tensor, Tensor, Tensor, T
         and type(act) is nn.GELU
         and act.approximate == "none"
         and type(norm) is nn.Identity
-        and not (module.training and (drop1.p or drop2.p))
+        and not (drop1.training and drop1.p)
+        and not (drop2.training and drop2.p)
     ):
         return None
     w1, b1, w2, b2 = fc1.weight, fc1.bias, fc2.weight, fc2.bias
@@ -101,13 +102,13 @@ def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
         and is_plain(x, weight := module.weight, bias)
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and weight.dtype == bias.dtype
-        and (weight.dtype, dtype) in _TYPES
+        and (weight.dtype, dtype) in TYPES
     ):
         return matmul.linear(x.detach().to(dtype), *weights.ready(module, weight, bias, dtype))
     return module(x)
 
 
-_TYPES = {
+TYPES = {
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.bfloat16, torch.bfloat16),
@@ -115,7 +116,7 @@ _TYPES = {
 """What is stored, and what is computed in."""
 
 
-def _run_norm(
+def run_norm(
     x: Tensor,
     branch: Tensor | None,
     scale: Tensor | None,
@@ -147,7 +148,7 @@ class _ResidualNorm(torch.autograd.Function):
         trains = any(ctx.needs_input_grad)
         statistics = x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32) if trains else None
         parameters = (weight.float(), bias.float())
-        total, normed = _run_norm(x, branch, scale, *parameters, epsilon, dtype, statistics)
+        total, normed = run_norm(x, branch, scale, *parameters, epsilon, dtype, statistics)
         if trains:
             ctx.save_for_backward(total, statistics, parameters[0], scale)
             ctx.dtypes, ctx.has_branch = (dtype, weight.dtype), branch is not None

@@ -18,8 +18,7 @@ WEIGHT_GRADIENTS = ("avx512_bf16",)
 """Kernels that make the gradients of weights faster than libraries do."""
 
 FP32_PROJECTIONS = ("avx512", "avx512_bf16")
-"""Kernels that project fp32 tokens faster than libraries do, as what is between projection and recurrence is not stored;
-in bf16 all do."""
+"""Kernels that project fp32 tokens faster than libraries do, because they need not store them; in bf16 all do."""
 
 _ABI = 5
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}

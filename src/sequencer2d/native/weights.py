@@ -24,8 +24,12 @@ def parameters(rnn: nn.LSTM) -> list[tuple[Tensor, ...]]:
 
     By attribute, as `nn.LSTM` reads them: what stands there need not be registered as a parameter.
     """
-    suffixes = ("", "_reverse")[: 1 + rnn.bidirectional]
-    return [tuple(getattr(rnn, name + suffix) for name in _NAMES) for suffix in suffixes]
+    return [tuple(getattr(rnn, name) for name in direction) for direction in names(rnn.bidirectional)]
+
+
+def names(bidirectional: bool) -> list[tuple[str, ...]]:
+    """Of these parameters."""
+    return [tuple(name + suffix for name in _NAMES) for suffix in ("", "_reverse")[: 1 + bidirectional]]
 
 
 def gather(rnns: Sequence[nn.LSTM], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,12 +54,12 @@ def packed(
 ) -> Packed:
     """The weights of a layer for a call without gradients; `tensors` are all `parameters` of its LSTMs."""
     key = (kernel.name, dtype, *rnns[1:])
-    return _kept(rnns[0], tensors, key, lambda: _pack(rnns, dtype, kernel, shape))
+    return kept(rnns[0], tensors, key, lambda: pack(rnns, dtype, kernel, shape))
 
 
 def ready(linear: nn.Module, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of a linear layer as `matmul.linear` likes them best, for a call without gradients."""
-    return _kept(linear, [weight, bias], (dtype,), lambda: (matmul.reordered(weight.to(dtype)), bias.to(dtype)))
+    return kept(linear, [weight, bias], (dtype,), lambda: (matmul.reordered(weight.to(dtype)), bias.to(dtype)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class _Entry:
 _cache: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 
 
-def _kept(module: nn.Module, tensors: Sequence[Tensor], key: tuple[object, ...], make: Callable[[], T]) -> T:
+def kept(module: nn.Module, tensors: Sequence[Tensor], key: tuple[object, ...], make: Callable[[], T]) -> T:
     """What was made from the parameters of a module at the last call, where they are still the same.
 
     They are if all parameters lie where they did, have the same version, and the same values at some places: writing
@@ -97,7 +101,7 @@ def _sample(tensor: Tensor) -> Tensor:
     return values[:: max(1, len(values) // _SAMPLES)]
 
 
-def _pack(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
+def pack(rnns: Sequence[nn.LSTM], dtype: torch.dtype, kernel: Kernel, shape: Shape) -> Packed:
     w_ih, w_hh, bias = gather(rnns, dtype)
     packed = kernel.pack(shape, w_ih, w_hh, backward=False)
     return Packed(None if shape.channels else matmul.reordered(w_ih), packed, bias)
