@@ -1,6 +1,6 @@
 """Measures our speed and memory against other implementations on this CPU, and writes docs/performance.md.
 
-`python docs/make_performance.py [--only NAME] [--rounds N] [--from-json]`: about 20 minutes on two idle cores. Each
+`python docs/make_performance.py [--only NAME] [--rounds N] [--from-json]`: about 40 minutes on two idle cores. Each
 comparison is saved when it is done. Words of ours belong into docs/performance_notes.md, with which the page ends.
 """
 
@@ -42,7 +42,6 @@ class Comparison:
     title: str
     entries: tuple[tuple[str, Workload], ...]
     rounds: int
-    allocators: tuple[Allocator, ...] = ALLOCATORS
 
 
 def work(mode: Literal["train", "infer"], batch_size: int, side: int = 224, model: str = "sequencer2d_s") -> Workload:
@@ -66,7 +65,6 @@ COMPARISONS = {
         title="Training S, 224², batch 8: compiled, and with checkpointing",
         entries=all_of(SAVERS, work("train", 8)),
         rounds=5,
-        allocators=("tuned",),
     ),
     "train-32": Comparison(
         title="Training the net for 32 pixels, batch 128",
@@ -78,19 +76,16 @@ COMPARISONS = {
         title="Latency of S, 224², batch 1",
         entries=all_of(INFERRERS, work("infer", 1)),
         rounds=36,  # of a few steps each: the 99th percentile needs a hundred
-        allocators=("tuned",),
     ),
     "growth-train": Comparison(
         title="Training S on as many pixels in fewer and larger images",
         entries=growing("train"),
         rounds=5,
-        allocators=("tuned",),
     ),
     "growth-infer": Comparison(
         title="Inference of S on as many pixels in fewer and larger images",
         entries=growing("infer"),
         rounds=6,
-        allocators=("tuned",),
     ),
 }
 
@@ -249,7 +244,7 @@ def measure_all(names: Sequence[str], rounds: int | None) -> None:
     commit = describe_machine()["commit"]  # before what is saved changes the checkout
     for name in names:
         comparison = COMPARISONS[name]
-        for allocator in comparison.allocators:
+        for allocator in ALLOCATORS:
             entries = [
                 Entry(contender=contender, workload=workload, allocator=allocator)
                 for contender, workload in comparison.entries
@@ -313,7 +308,7 @@ def page(found: Found) -> str:
     lines += [target_row(target, found) for target in TARGETS]
     lines += ["", "Of time and memory, the target is *at most*.", "", "![Speeds](performance.svg)"]
     for name, comparison in COMPARISONS.items():
-        for allocator in comparison.allocators:
+        for allocator in ALLOCATORS:
             chosen = [record for record in found.get(name, []) if record["allocator"] == allocator]
             if chosen:
                 lines += ["", f"## {comparison.title}: {allocator} allocator", "", *comparison_table(chosen)]
@@ -326,9 +321,6 @@ def target_row(target: Target, found: Found) -> str:
     at_least = f"{target.bound:g}×" if target.kind == "speed" else f"≤ {target.bound:g}×"
     cells = [target.what, at_least, f"{target.aim:g}×" if target.aim else "–"]
     for allocator in ALLOCATORS:
-        if allocator not in COMPARISONS[target.comparison].allocators:
-            cells.append("–")
-            continue
         ratio = target.measured(of(found, target.comparison, allocator))
         cells.append("not measured" if ratio is None else f"{shown(ratio)} {target.verdict(ratio)}")
     return f"| {' | '.join(cells)} |"

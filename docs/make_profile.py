@@ -1,6 +1,7 @@
 """Where the time of a step goes on this CPU, beside what its arithmetic alone would take; writes docs/profile.md.
 
-`python docs/make_profile.py`: S at 224², about a minute on two idle cores, with the allocator that `train` sets.
+`python docs/make_profile.py`: S and the net for 32 pixels, a minute or two on two idle cores, with the allocator that
+`train` sets.
 """
 
 import statistics
@@ -21,9 +22,17 @@ from sequencer2d.flops import costs  # noqa: E402
 from sequencer2d.native import library  # noqa: E402
 from sequencer2d.zoo import create_model, get_config  # noqa: E402
 
-MODEL, SIDE = "sequencer2d_s", 224
 STEPS = 5
-WORK = (("train", "bf16", 8), ("train", "fp32", 8), ("infer", "bf16", 8), ("infer", "fp32", 8), ("infer", "fp32", 1))
+S, SMALL = ("sequencer2d_s", 224), ("sequencer2d_t_patch2_32", 32)
+WORK = (
+    (S, "train", "bf16", 8),
+    (S, "train", "fp32", 8),
+    (SMALL, "train", "bf16", 128),
+    (S, "infer", "bf16", 8),
+    (S, "infer", "fp32", 8),
+    (S, "infer", "bf16", 1),
+    (S, "infer", "fp32", 1),
+)
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "kernel weight_gradient"),
     "recurrence": ("kernel forward", "kernel backward"),
@@ -49,11 +58,11 @@ def _recorded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     return run
 
 
-def make_step(mode: str, precision: str, batch_size: int) -> Callable[[], object]:
+def make_step(model: str, side: int, mode: str, precision: str, batch_size: int) -> Callable[[], object]:
     """As `sequencer2d benchmark` has it."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    net = create_model(MODEL)
-    images, labels = torch.randn(batch_size, 3, SIDE, SIDE), torch.randint(1000, (batch_size,))
+    net = create_model(model)
+    images, labels = torch.randn(batch_size, 3, side, side), torch.randint(1000, (batch_size,))
     if mode == "infer":
         net.eval().requires_grad_(False).to(dtype)
         images = images.to(dtype)
@@ -90,27 +99,34 @@ def median_seconds(step: Callable[[], object], count: int) -> float:
     return statistics.median(seconds)
 
 
-def measure(mode: str, precision: str, batch_size: int) -> list[str]:
+def measure(net: tuple[str, int], mode: str, precision: str, batch_size: int) -> list[str]:
     """A row of the table."""
-    step = make_step(mode, precision, batch_size)
+    model, side = net
+    step = make_step(model, side, mode, precision, batch_size)
     total = median_seconds(step, STEPS) * 1e3
     with profile() as found:
         for _ in range(STEPS):
             step()
     own = {event.key: event.self_cpu_time_total / 1e3 / STEPS for event in found.key_averages()}
     parts = {kind: sum(own.get(name, 0.0) for name in names) for kind, names in KINDS.items()}
-    macs = costs(get_config(MODEL), SIDE).macs * batch_size * (3 if mode == "train" else 1)
+    macs = costs(get_config(model), side).macs * batch_size * (3 if mode == "train" else 1)
     limit = macs / peak(precision) * 1e3
     cells = [f"{parts[kind]:,.0f}" for kind in KINDS]
     rest = total - sum(parts.values())
-    return [f"{mode}, {precision}, batch {batch_size}", f"{total:,.0f}", f"{limit:,.0f}", *cells, f"{rest:,.0f}"]
+    return [
+        f"{mode} {model} at {side}², {precision}, batch {batch_size}",
+        f"{total:,.0f}",
+        f"{limit:,.0f}",
+        *cells,
+        f"{rest:,.0f}",
+    ]
 
 
 def main() -> None:
     torch.set_flush_denormal(True)
     name_kernels()
     rows = [measure(*work) for work in WORK]
-    head = ["S at 224²", "step", "arithmetic limit", *KINDS, "rest"]
+    head = ["", "step", "arithmetic limit", *KINDS, "rest"]
     machine = describe_machine()
     lines = [
         "# Where the time of a step goes",
