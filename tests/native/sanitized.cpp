@@ -98,8 +98,15 @@ static void block_kernels(void* library, int kernel, const char* name) {
                     status |= gelu(k, type, 2, count, branch.bytes.data(), hidden.bytes.data(), normed.bytes.data(), grad_hidden.bytes.data());
                     if (type == kBFloat16) {
                         Memory product(kFloat32, channels * channels), column(kFloat32, channels);
-                        const WeightGradient gradient{tokens, channels, channels, channels, channels, branch.bytes.data(),
-                                                      normed.bytes.data(), floats(product), floats(column), 2};
+                        Memory own(kBFloat16, count), of_own(kFloat32, channels); // every output has an input more, and no bias
+                        own.fill(1, 5);
+                        const WeightGradient gradient{tokens, channels, channels, 1, 0, channels, channels,
+                                                      branch.bytes.data(), normed.bytes.data(), nullptr, floats(product),
+                                                      nullptr, floats(column), 2};
+                        const WeightGradient with_own{tokens, channels, channels, channels, 1, channels, channels,
+                                                      branch.bytes.data(), normed.bytes.data(), own.bytes.data(),
+                                                      floats(product), floats(of_own), nullptr, 2};
+                        weight_gradient(k, &with_own);
                         weight_gradient(k, &gradient); // kernels that have none say so
                     }
                     if (status) std::printf("%s: status %d\n", name, status), ++failures;
