@@ -203,7 +203,8 @@ int main(int, char** arguments) {
     const int64_t shapes[][7] = {// B, H, W, D, C or 0 for projected tokens, directions along columns, along rows
                                  {1, 1, 1, 1, 1, 2, 2},   {2, 3, 5, 7, 0, 2, 2},    {3, 7, 4, 16, 32, 1, 1},
                                  {1, 9, 31, 17, 3, 2, 0}, {5, 6, 5, 24, 0, 0, 2},   {2, 4, 26, 49, 21, 2, 2},
-                                 {0, 3, 3, 5, 4, 2, 2},   {1, 50, 3, 33, 17, 0, 1}, {1, 1, 1, 1, 0, 2, 2}};
+                                 {0, 3, 3, 5, 4, 2, 2},   {1, 50, 3, 33, 17, 0, 1}, {1, 1, 1, 1, 0, 2, 2},
+                                 {1, 3, 60, 5, 0, 0, 2}};
     for (const auto& s : shapes)
         for (const int type : {kFloat32, kBFloat16})
             for (const float scale : {1.0f, 1e4f})

@@ -42,14 +42,13 @@ class Backward {
         if (!scratch) return kOutOfMemory;
         memory = scratch.data();
         tile_bias = reinterpret_cast<float*>(memory + scratch_bytes * problem.threads);
-        parallel_for(
-            problem.threads, tiles,
-            [](void* self, int64_t item, int thread) { static_cast<Backward*>(self)->run_tile(item, thread); }, this);
+        tiling.run(*this);
         sum_bias();
         return kDone;
     }
 
   private:
+    friend Tiling;
     const Problem& problem;
     Tiling tiling;
     const Packing<Dot> packing;
@@ -77,12 +76,11 @@ class Backward {
         }
     };
 
-    void run_tile(int64_t item, int thread) {
-        const Tile tile = tiling.tile(item);
+    void run_tile(const Tile& tile, int thread) {
         const State state(memory + thread * scratch_bytes, width, D);
         memset(state.dc, 0, sizeof(float) * static_cast<size_t>(kTile * width));
         memset(state.dh, 0, sizeof(float) * static_cast<size_t>(kTile * width));
-        float* bias = tile_bias + item * 4 * width;
+        float* bias = tile_bias + tile.number * 4 * width;
         memset(bias, 0, sizeof(float) * static_cast<size_t>(4 * width));
         const Element* weights = packed + tile.direction * packing.backward_elements();
         for (int64_t step = tile.steps - 1; step >= 0; --step) {

@@ -37,13 +37,12 @@ class Forward {
         Scratch scratch(scratch_bytes * problem.threads);
         if (!scratch) return kOutOfMemory;
         memory = scratch.data();
-        parallel_for(
-            problem.threads, tiling.count(),
-            [](void* self, int64_t item, int thread) { static_cast<Forward*>(self)->run_tile(item, thread); }, this);
+        tiling.run(*this);
         return kDone;
     }
 
   private:
+    friend Tiling;
     const Problem& problem;
     Tiling tiling;
     const Packing<Dot> packing;
@@ -69,8 +68,7 @@ class Forward {
         }
     };
 
-    void run_tile(int64_t item, int thread) {
-        const Tile tile = tiling.tile(item);
+    void run_tile(const Tile& tile, int thread) {
         State state(memory + thread * scratch_bytes, inputs, width);
         memset(state.c, 0, sizeof(float) * static_cast<size_t>(kTile * width));
         const Element* weights = packed + tile.direction * packing.forward_elements();
