@@ -104,41 +104,43 @@ class Forward {
         }
         const int count = smaller(Vec::lanes, D - block * Vec::lanes);
         if (count == Vec::lanes)
-            run_block<Sequences>(tile, offset, s, block, depth, weights, state, Vec::lanes);
+            run_block<Vec, Sequences>(tile, offset, s, block, depth, weights, state, Vec::lanes);
+        else if (count > Tail::lanes)
+            run_block<Vec, Sequences>(tile, offset, s, block, depth, weights, state, count);
         else
-            run_block<Sequences>(tile, offset, s, block, depth, weights, state, count);
+            run_block<Tail, Sequences>(tile, offset, s, block, depth, weights, state, count);
     }
 
-    template <int Sequences>
+    template <class V, int Sequences>
     __attribute__((always_inline)) inline void run_block(const Tile& tile, int64_t offset, int s, int64_t block,
                                                          int64_t depth, const Element* weights, const State& state,
                                                          const int count) {
         const int64_t unit = block * Vec::lanes;
         int64_t place[Sequences]; // in units of D values
-        Vec sum[Sequences][4];
+        V sum[Sequences][4];
         UNROLL for (int i = 0; i < Sequences; ++i) {
             place[i] = (tile.origin[s + i] + offset) * R + tile.direction;
             const Value* start = (x ? bias + tile.direction * 4 * D : gates + place[i] * 4 * D) + unit;
-            UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = load(start + g * D, count);
+            UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = load_as<V>(start + g * D, count);
         }
         const int64_t row = inputs + width;
         const Element* now = state.now + s * row;
         for (int64_t k = 0; k < depth; ++k) {
-            typename Dot::Weights w[4];
-            UNROLL for (int g = 0; g < 4; ++g) w[g] = Dot::weights(weights + (k * 4 + g) * packing.row);
+            decltype(Dot::template weights<V>(weights)) w[4];
+            UNROLL for (int g = 0; g < 4; ++g) w[g] = Dot::template weights<V>(weights + (k * 4 + g) * packing.row);
             UNROLL for (int i = 0; i < Sequences; ++i) {
-                const typename Dot::State x = Dot::broadcast(now + i * row + k * Dot::depth);
+                const auto x = Dot::template broadcast<V>(now + i * row + k * Dot::depth);
                 UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = Dot::multiply_add(w[g], x, sum[i][g]);
             }
         }
         UNROLL for (int i = 0; i < Sequences; ++i) {
-            const Vec in = sigmoid<exact>(sum[i][0]), forget = sigmoid<exact>(sum[i][1]);
-            const Vec new_c = tanh<exact>(sum[i][2]), out = sigmoid<exact>(sum[i][3]);
+            const V in = sigmoid<exact>(sum[i][0]), forget = sigmoid<exact>(sum[i][1]);
+            const V new_c = tanh<exact>(sum[i][2]), out = sigmoid<exact>(sum[i][3]);
             float* c_place = state.c + (s + i) * width + unit;
-            const Vec c = multiply_add(forget, load(c_place, Vec::lanes), in * new_c);
-            const Vec new_h = out * tanh<exact>(c);
-            store(c_place, c, Vec::lanes);
-            store(state.next + (s + i) * row + inputs + unit, new_h, Vec::lanes);
+            const V c = multiply_add(forget, load_as<V>(c_place, V::lanes), in * new_c);
+            const V new_h = out * tanh<exact>(c);
+            store(c_place, c, V::lanes);
+            store(state.next + (s + i) * row + inputs + unit, new_h, V::lanes);
             store(y + place[i] * D + unit, new_h, count);
             if (cells) {
                 auto* kept = reinterpret_cast<KeptValue*>(gates) + place[i] * 4 * D + unit;
