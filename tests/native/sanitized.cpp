@@ -98,8 +98,15 @@ static void block_kernels(void* library, int kernel, const char* name) {
                     status |= gelu(k, type, 2, count, branch.bytes.data(), hidden.bytes.data(), normed.bytes.data(), grad_hidden.bytes.data());
                     if (type == kBFloat16) {
                         Memory product(kFloat32, channels * channels), column(kFloat32, channels);
-                        const WeightGradient gradient{tokens, channels, channels, channels, channels, branch.bytes.data(),
-                                                      normed.bytes.data(), floats(product), floats(column), 2};
+                        Memory own(kBFloat16, count), of_own(kFloat32, channels); // every output has an input more, and no bias
+                        own.fill(1, 5);
+                        const WeightGradient gradient{tokens, channels, channels, 1, 0, channels, channels,
+                                                      branch.bytes.data(), normed.bytes.data(), nullptr, floats(product),
+                                                      nullptr, floats(column), 2};
+                        const WeightGradient with_own{tokens, channels, channels, channels, 1, channels, channels,
+                                                      branch.bytes.data(), normed.bytes.data(), own.bytes.data(),
+                                                      floats(product), floats(of_own), nullptr, 2};
+                        weight_gradient(k, &with_own);
                         weight_gradient(k, &gradient); // kernels that have none say so
                     }
                     if (status) std::printf("%s: status %d\n", name, status), ++failures;
@@ -196,7 +203,8 @@ int main(int, char** arguments) {
     const int64_t shapes[][7] = {// B, H, W, D, C or 0 for projected tokens, directions along columns, along rows
                                  {1, 1, 1, 1, 1, 2, 2},   {2, 3, 5, 7, 0, 2, 2},    {3, 7, 4, 16, 32, 1, 1},
                                  {1, 9, 31, 17, 3, 2, 0}, {5, 6, 5, 24, 0, 0, 2},   {2, 4, 26, 49, 21, 2, 2},
-                                 {0, 3, 3, 5, 4, 2, 2},   {1, 50, 3, 33, 17, 0, 1}, {1, 1, 1, 1, 0, 2, 2}};
+                                 {0, 3, 3, 5, 4, 2, 2},   {1, 50, 3, 33, 17, 0, 1}, {1, 1, 1, 1, 0, 2, 2},
+                                 {1, 3, 60, 5, 0, 0, 2}};
     for (const auto& s : shapes)
         for (const int type : {kFloat32, kBFloat16})
             for (const float scale : {1.0f, 1e4f})

@@ -271,23 +271,54 @@ def test_the_hidden_activations_are_not_kept() -> None:
     assert sum(size == 64 * 48 for size in kept) == 1
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 191, 192, 193, 500])
+@pytest.mark.parametrize("tokens", [1, 2, 255, 256, 257, 500, 5000])
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 3), (96, 24), (100, 65), (193, 70), (384, 96)])
 def test_gradients_of_weights_are_sums_over_the_tokens(tokens: int, outputs: int, inputs: int) -> None:
     if kernel().name not in WEIGHT_GRADIENTS:
         pytest.skip(f"kernel {kernel().name} leaves them to PyTorch")
     torch.manual_seed(tokens)
     wide, x = torch.randn(tokens, outputs + 5).bfloat16(), torch.randn(tokens, inputs).bfloat16()
-    grad = wide[:, 3 : 3 + outputs]  # a part of longer rows, as that of one direction is
+    grad = wide[:, 3 : 3 + outputs]  # a part of longer rows
     weight, bias = torch.full((outputs, inputs), math.nan), torch.full((outputs,), math.nan)
     kernel().weight_gradient(grad, x, weight, bias)
     truth = grad.double().t() @ x.double()
     assert (weight.double() - truth).norm() <= 1e-6 * truth.norm() + 1e-6
     assert (bias.double() - grad.double().sum(0)).abs().max() <= 1e-4
-    again = torch.empty_like(weight)
-    torch.set_num_threads(3)
-    try:
-        kernel().weight_gradient(grad, x, again, None)
-    finally:
-        torch.set_num_threads(1)
-    assert torch.equal(weight, again)
+    for threads in (2, 3, 16):
+        again, of_bias = torch.empty_like(weight), torch.empty_like(bias)
+        torch.set_num_threads(threads)
+        try:
+            kernel().weight_gradient(grad, x, again, of_bias)
+        finally:
+            torch.set_num_threads(1)
+        assert torch.equal(weight, again)
+        assert torch.equal(bias, of_bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 257, 5000])
+@pytest.mark.parametrize(
+    ("directions", "hidden", "inputs"), [(1, 1, 1), (2, 5, 20), (4, 24, 96), (3, 16, 33), (4, 33, 65)]
+)
+def test_gradients_of_an_lstm_layer_are_those_of_its_directions(
+    tokens: int, directions: int, hidden: int, inputs: int
+) -> None:
+    if kernel().name not in WEIGHT_GRADIENTS:
+        pytest.skip(f"kernel {kernel().name} leaves them to PyTorch")
+    torch.manual_seed(tokens)
+    grad = torch.randn(tokens, directions * 4 * hidden).bfloat16()
+    x, states = torch.randn(tokens, inputs).bfloat16(), torch.randn(directions, tokens, hidden).bfloat16()
+    w_ih = torch.full((grad.shape[1], inputs), math.nan)
+    w_hh = torch.full((directions, 4 * hidden, hidden), math.nan)
+    kernel().weight_gradient(grad, x, w_ih, None, states, w_hh)
+    of_direction = grad.double().view(tokens, directions, 4 * hidden).movedim(1, 0)
+    for ours, truth in ((w_ih, grad.double().t() @ x.double()), (w_hh, of_direction.mT @ states.double())):
+        assert (ours.double() - truth).norm() <= 1e-6 * truth.norm() + 1e-6
+    for threads in (2, 3, 16):
+        of_inputs, of_states = torch.empty_like(w_ih), torch.empty_like(w_hh)
+        torch.set_num_threads(threads)
+        try:
+            kernel().weight_gradient(grad, x, of_inputs, None, states, of_states)
+        finally:
+            torch.set_num_threads(1)
+        assert torch.equal(w_ih, of_inputs)
+        assert torch.equal(w_hh, of_states)

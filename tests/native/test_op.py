@@ -67,6 +67,17 @@ def test_outputs_and_gradients_of_any_shape(
             assert error <= max(bound * norm, 3 * theirs), name
 
 
+@pytest.mark.parametrize("axes", ["vh", "v", "h"])
+@pytest.mark.parametrize(("height", "width"), [(3, 60), (60, 3)])
+def test_long_grids_have_more_sequences_along_one_axis(kernel_name: str, axes: str, height: int, width: int) -> None:
+    torch.manual_seed(0)
+    rnns = make_lstms(4, 5, axes=axes)
+    x, grad_y = torch.randn(1, height, width, 4), torch.randn(1, height, width, 10 * len(axes))
+    truth = in_double(x, rnns, grad_y)
+    for name, values in outputs_and_gradients(bilstm2d, x, rnns, grad_y).items():
+        assert relative_error(values, truth[name]) <= FP32, name
+
+
 SIZES = [(2, 12, 14, 96, 24), (1, 24, 24, 192, 48), (2, 12, 14, 384, 96), (4, 8, 8, 128, 32), (8, 4, 4, 256, 64)]
 """`B H W C D` as in the models."""
 

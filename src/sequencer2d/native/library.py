@@ -20,7 +20,7 @@ WEIGHT_GRADIENTS = ("avx512_bf16",)
 FP32_PROJECTIONS = ("avx512", "avx512_bf16")
 """Kernels that project fp32 tokens faster than libraries do, because they need not store them; in bf16 all do."""
 
-_ABI = 5
+_ABI = 6
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -72,8 +72,9 @@ class _NormBackwardTensors(ctypes.Structure):
 
 class _WeightGradient(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "grad_stride", "x_stride")),
-        *((name, ctypes.c_void_p) for name in ("grad", "x", "weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "groups", "own_inputs")),
+        *((name, ctypes.c_int64) for name in ("grad_stride", "x_stride")),
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "own", "weight", "own_weight", "bias")),
         ("threads", ctypes.c_int32),
     ]
 
@@ -183,13 +184,24 @@ class Kernel:
         sizes = (_TYPES[x.dtype], torch.get_num_threads(), x.numel())
         check_status(self.library.sequencer2d_gelu(self.number, *sizes, *pointers))
 
-    def weight_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def weight_gradient(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        own: Tensor | None = None,
+        own_weight: Tensor | None = None,
+    ) -> None:
         """Fills `weight` and `bias` (fp32) from `[N, outputs]` and `[N, inputs]` in bf16, each row contiguous.
 
+        With inputs of each direction's own, `[R, N, D]`, also `own_weight` `[R, outputs / R, D]`.
         Only of kernels named in `WEIGHT_GRADIENTS`.
         """
-        sizes = (*grad.shape, x.shape[1], grad.stride(0), x.stride(0))
-        tensors = _WeightGradient(*sizes, *map(_pointer, (grad, x, weight, bias)), torch.get_num_threads())
+        groups, own_inputs = (1, 0) if own is None else (own.shape[0], own.shape[2])
+        sizes = (*grad.shape, x.shape[1], groups, own_inputs, grad.stride(0), x.stride(0))
+        pointers = map(_pointer, (grad, x, own, weight, own_weight, bias))
+        tensors = _WeightGradient(*sizes, *pointers, torch.get_num_threads())
         check_status(self.library.sequencer2d_weight_gradient(self.number, ctypes.byref(tensors)))
 
 

@@ -48,11 +48,32 @@ def weight_gradient(grad: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tens
 
     In bf16 by our kernel where that is faster: for layers that widen, on few threads.
     """
-    ours, (outputs, inputs) = kernel(), (grad.shape[1], x.shape[1])
-    widens = outputs >= max(2 * inputs, 24 * torch.get_num_threads()) and inputs <= 256
-    if not (widens and x.dtype == torch.bfloat16 and ours.name in WEIGHT_GRADIENTS):
+    outputs, inputs = grad.shape[1], x.shape[1]
+    if not (outputs >= 2 * inputs and inputs <= 384 and _is_ours(grad, x)):
         return grad.t() @ x, grad.sum(0) if bias else None
     weight = x.new_empty(outputs, inputs, dtype=torch.float32)
     of_bias = x.new_empty(outputs, dtype=torch.float32) if bias else None
-    ours.weight_gradient(grad, x, weight, of_bias)
+    kernel().weight_gradient(grad, x, weight, of_bias)
     return weight.to(x.dtype), None if of_bias is None else of_bias.to(x.dtype)
+
+
+def lstm_weight_gradients(grad: Tensor, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weights `[R·4·D, C]` and `[R, 4·D, D]`: of the inputs, and of the hidden states of each direction.
+
+    From the gates' gradient `[N, R·4·D]`, tokens `[N, C]`, and hidden states that steps started from, `[R, N, D]`.
+    """
+    R, _, D = previous.shape
+    if not _is_ours(grad, x):
+        by_direction = zip(grad.chunk(R, dim=1), previous, strict=True)
+        return grad.t() @ x, torch.stack([of_gates.t() @ hidden for of_gates, hidden in by_direction])
+    w_ih = x.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
+    w_hh = x.new_empty(R, grad.shape[1] // R, D, dtype=torch.float32)
+    kernel().weight_gradient(grad, x, w_ih, None, previous, w_hh)
+    return w_ih.to(x.dtype), w_hh.to(x.dtype)
+
+
+def _is_ours(grad: Tensor, x: Tensor) -> bool:
+    """Whether our kernel makes gradients of weights of this dtype, and has a part of them for every thread."""
+    tokens, outputs = grad.shape
+    enough = outputs * max(1, min(8, tokens // 2048)) >= 96 * torch.get_num_threads()
+    return enough and x.dtype == torch.bfloat16 and kernel().name in WEIGHT_GRADIENTS

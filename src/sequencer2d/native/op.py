@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sequencer2d.native.library import FP32_PROJECTIONS, Shape, kernel
-from sequencer2d.native.matmul import linear, weight_gradient
+from sequencer2d.native.matmul import linear, lstm_weight_gradients
 
 KEPT = {torch.float32: torch.float32, torch.bfloat16: torch.float16}
 """What gates and cells are kept in for the gradient: of 16 bits, those that are most precise up to 1."""
@@ -127,14 +127,8 @@ def bilstm2d_backward(
     previous = y.new_empty(shape.directions, gates.shape[0], shape.hidden)  # hidden states that each step started from
     grad_bias = x.new_empty(w_ih.shape[0], dtype=torch.float32)
     kernel().backward(shape, packed, gates, cells, y, grad_y.contiguous(), grad_gates, previous, grad_bias)
-    by_direction = zip(previous, grad_gates.chunk(shape.directions, dim=1), strict=True)
-    grad_w_hh = [weight_gradient(of_gates, hidden, bias=False)[0] for hidden, of_gates in by_direction]
-    return (
-        linear(grad_gates, w_ih.t()).reshape(x.shape),
-        weight_gradient(grad_gates, x.reshape(-1, x.shape[3]), bias=False)[0],
-        torch.stack(grad_w_hh),
-        grad_bias.to(w_ih.dtype),
-    )
+    grad_w_ih, grad_w_hh = lstm_weight_gradients(grad_gates, x.reshape(-1, x.shape[3]), previous)
+    return linear(grad_gates, w_ih.t()).reshape(x.shape), grad_w_ih, grad_w_hh, grad_bias.to(w_ih.dtype)
 
 
 @bilstm2d_backward.register_fake

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 5 // one more with every change of this file
+#define SEQUENCER2D_ABI 6 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -115,13 +115,17 @@ struct Int8Finish {
     Int8Linear fc2;
 };
 
-// Of a linear layer: weight = grad^T x and bias = sum of grad, over the tokens.
+// Of a linear layer: weight = grad^T x and bias = sum of grad, over the tokens. The outputs are `groups` of equal size,
+// each of which may have, beside x, inputs of its own: the directions of an LSTM layer and their hidden states.
 struct WeightGradient {
     int64_t tokens, outputs, inputs;
+    int64_t groups, own_inputs;    // 1 and 0 where no output has inputs of its own
     int64_t grad_stride, x_stride; // values from one token to the next
     const void* grad;              // [N, outputs] bfloat16
     const void* x;                 // [N, inputs] bfloat16
+    const void* own;               // [groups, N, own_inputs] bfloat16
     float* weight;                 // [outputs, inputs], out
+    float* own_weight;             // [outputs, own_inputs], out
     float* bias;                   // [outputs], out; or null
     int32_t threads;               // at most so many
 };

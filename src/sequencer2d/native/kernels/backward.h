@@ -42,14 +42,13 @@ class Backward {
         if (!scratch) return kOutOfMemory;
         memory = scratch.data();
         tile_bias = reinterpret_cast<float*>(memory + scratch_bytes * problem.threads);
-        parallel_for(
-            problem.threads, tiles,
-            [](void* self, int64_t item, int thread) { static_cast<Backward*>(self)->run_tile(item, thread); }, this);
+        tiling.run(*this);
         sum_bias();
         return kDone;
     }
 
   private:
+    friend Tiling;
     const Problem& problem;
     Tiling tiling;
     const Packing<Dot> packing;
@@ -77,12 +76,11 @@ class Backward {
         }
     };
 
-    void run_tile(int64_t item, int thread) {
-        const Tile tile = tiling.tile(item);
+    void run_tile(const Tile& tile, int thread) {
         const State state(memory + thread * scratch_bytes, width, D);
         memset(state.dc, 0, sizeof(float) * static_cast<size_t>(kTile * width));
         memset(state.dh, 0, sizeof(float) * static_cast<size_t>(kTile * width));
-        float* bias = tile_bias + item * 4 * width;
+        float* bias = tile_bias + tile.number * 4 * width;
         memset(bias, 0, sizeof(float) * static_cast<size_t>(4 * width));
         const Element* weights = packed + tile.direction * packing.backward_elements();
         for (int64_t step = tile.steps - 1; step >= 0; --step) {
@@ -90,9 +88,11 @@ class Backward {
             for (int64_t block = 0; block < packing.blocks; ++block) {
                 const int count = smaller(Vec::lanes, D - block * Vec::lanes);
                 if (count == Vec::lanes)
-                    gate_gradients(tile, step, block, state, bias, Vec::lanes);
+                    gate_gradients<Vec>(tile, step, block, state, bias, Vec::lanes);
+                else if (count > Tail::lanes)
+                    gate_gradients<Vec>(tile, step, block, state, bias, count);
                 else
-                    gate_gradients(tile, step, block, state, bias, count);
+                    gate_gradients<Tail>(tile, step, block, state, bias, count);
             }
             if (step == 0) break;
             for (int64_t block = 0; block < packing.blocks; block += kBackwardBlocks) {
@@ -118,24 +118,25 @@ class Backward {
         }
     }
 
+    template <class V>
     __attribute__((always_inline)) inline void gate_gradients(const Tile& tile, int64_t step, int64_t block,
                                                               const State& state, float* bias, const int count) const {
-        const Vec one = Vec::broadcast(1), zero = Vec::broadcast(0);
+        const V one = V::broadcast(1), zero = V::broadcast(0);
         const int64_t unit = block * Vec::lanes;
-        Vec bias_sum[4];
-        UNROLL for (int g = 0; g < 4; ++g) bias_sum[g] = load(bias + g * width + unit, Vec::lanes);
+        V bias_sum[4];
+        UNROLL for (int g = 0; g < 4; ++g) bias_sum[g] = load_as<V>(bias + g * width + unit, V::lanes);
         for (int s = 0; s < tile.sequences; ++s) {
             const int64_t here = place(tile, s, step) * D + unit;
             const KeptValue* gate = gates + place(tile, s, step) * 4 * D + unit;
-            const Vec in = load(gate, count), forget = load(gate + D, count);
-            const Vec new_c = load(gate + 2 * D, count), out = load(gate + 3 * D, count);
-            const Vec tanh_c = tanh<exact>(load(cells + here, count));
-            const Vec previous_c = step ? load(cells + place(tile, s, step - 1) * D + unit, count) : zero;
+            const V in = load_as<V>(gate, count), forget = load_as<V>(gate + D, count);
+            const V new_c = load_as<V>(gate + 2 * D, count), out = load_as<V>(gate + 3 * D, count);
+            const V tanh_c = tanh<exact>(load_as<V>(cells + here, count));
+            const V previous_c = step ? load_as<V>(cells + place(tile, s, step - 1) * D + unit, count) : zero;
             float *dc_place = state.dc + s * width + unit, *dh_place = state.dh + s * width + unit;
-            const Vec dh = load(grad_y + here, count) + load(dh_place, Vec::lanes);
-            const Vec dc = multiply_add(dh * out, one - tanh_c * tanh_c, load(dc_place, Vec::lanes));
-            store(dc_place, dc * forget, Vec::lanes);
-            const Vec gradient[4] = {
+            const V dh = load_as<V>(grad_y + here, count) + load_as<V>(dh_place, V::lanes);
+            const V dc = multiply_add(dh * out, one - tanh_c * tanh_c, load_as<V>(dc_place, V::lanes));
+            store(dc_place, dc * forget, V::lanes);
+            const V gradient[4] = {
                 dc * new_c * (in * (one - in)),
                 dc * previous_c * (forget * (one - forget)),
                 dc * in * (one - new_c * new_c),
@@ -149,7 +150,7 @@ class Backward {
                 bias_sum[g] = bias_sum[g] + gradient[g];
             }
         }
-        UNROLL for (int g = 0; g < 4; ++g) store(bias + g * width + unit, bias_sum[g], Vec::lanes);
+        UNROLL for (int g = 0; g < 4; ++g) store(bias + g * width + unit, bias_sum[g], V::lanes);
     }
 
     template <int Blocks>
@@ -173,10 +174,10 @@ class Backward {
         }
         const Element* dgates = state.dgates + s * 4 * D;
         for (int64_t j = 0; j < packing.backward_steps; ++j) {
-            typename Dot::Weights w[Blocks];
-            UNROLL for (int b = 0; b < Blocks; ++b) w[b] = Dot::weights(weights + (j * Blocks + b) * packing.row);
+            decltype(Dot::template weights<Vec>(weights)) w[Blocks];
+            UNROLL for (int b = 0; b < Blocks; ++b) w[b] = Dot::template weights<Vec>(weights + (j * Blocks + b) * packing.row);
             UNROLL for (int i = 0; i < Sequences; ++i) {
-                const typename Dot::State x = Dot::broadcast(dgates + i * 4 * D + j * Dot::depth);
+                const auto x = Dot::template broadcast<Vec>(dgates + i * 4 * D + j * Dot::depth);
                 UNROLL for (int b = 0; b < Blocks; ++b) sum[i][b] = Dot::multiply_add(w[b], x, sum[i][b]);
             }
         }

@@ -3,15 +3,31 @@
 
 namespace {
 
+// `load` of either type of vector.
+template <class V, class Value>
+inline V load_as(const Value* p, int count) {
+    if constexpr (V::lanes == Vec::lanes)
+        return load(p, count);
+    else
+        return load_tail(p, count);
+}
+
 // In float, whatever the values are in memory.
 struct FloatDot {
     using Element = float;
     static constexpr int depth = 1;
-    using Weights = Vec;
-    using State = Vec;
-    static Weights weights(const Element* p) { return load(p, Vec::lanes); }
-    static State broadcast(const Element* p) { return Vec::broadcast(*p); }
-    static Vec multiply_add(Weights w, State h, Vec sum) { return ::multiply_add(w, h, sum); }
+    template <class V>
+    static V weights(const Element* p) {
+        return load_as<V>(p, V::lanes);
+    }
+    template <class V>
+    static V broadcast(const Element* p) {
+        return V::broadcast(*p);
+    }
+    template <class V>
+    static V multiply_add(V w, V h, V sum) {
+        return ::multiply_add(w, h, sum);
+    }
 };
 
 } // namespace

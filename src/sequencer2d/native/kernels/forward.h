@@ -37,13 +37,12 @@ class Forward {
         Scratch scratch(scratch_bytes * problem.threads);
         if (!scratch) return kOutOfMemory;
         memory = scratch.data();
-        parallel_for(
-            problem.threads, tiling.count(),
-            [](void* self, int64_t item, int thread) { static_cast<Forward*>(self)->run_tile(item, thread); }, this);
+        tiling.run(*this);
         return kDone;
     }
 
   private:
+    friend Tiling;
     const Problem& problem;
     Tiling tiling;
     const Packing<Dot> packing;
@@ -69,8 +68,7 @@ class Forward {
         }
     };
 
-    void run_tile(int64_t item, int thread) {
-        const Tile tile = tiling.tile(item);
+    void run_tile(const Tile& tile, int thread) {
         State state(memory + thread * scratch_bytes, inputs, width);
         memset(state.c, 0, sizeof(float) * static_cast<size_t>(kTile * width));
         const Element* weights = packed + tile.direction * packing.forward_elements();
@@ -106,32 +104,34 @@ class Forward {
         }
         const int count = smaller(Vec::lanes, D - block * Vec::lanes);
         if (count == Vec::lanes)
-            run_block<Sequences>(tile, offset, s, block, depth, weights, state, Vec::lanes);
+            run_block<Vec, Sequences>(tile, offset, s, block, depth, weights, state, Vec::lanes);
+        else if (count > Tail::lanes)
+            run_block<Vec, Sequences>(tile, offset, s, block, depth, weights, state, count);
         else
-            run_block<Sequences>(tile, offset, s, block, depth, weights, state, count);
+            run_block<Tail, Sequences>(tile, offset, s, block, depth, weights, state, count);
     }
 
-    template <int Sequences>
+    template <class V, int Sequences>
     __attribute__((always_inline)) inline void run_block(const Tile& tile, int64_t offset, int s, int64_t block,
                                                          int64_t depth, const Element* weights, const State& state,
                                                          const int count) {
         const int64_t unit = block * Vec::lanes;
         int64_t place[Sequences]; // in units of D values
-        Vec sum[Sequences][4];
+        V sum[Sequences][4];
         UNROLL for (int i = 0; i < Sequences; ++i) {
             place[i] = (tile.origin[s + i] + offset) * R + tile.direction;
             const Value* start = (x ? bias + tile.direction * 4 * D : gates + place[i] * 4 * D) + unit;
             UNROLL for (int g = 0; g < 4; ++g)
-                sum[i][g] = exact && x ? Vec::broadcast(0) : load(start + g * D, count);
+                sum[i][g] = exact && x ? V::broadcast(0) : load_as<V>(start + g * D, count);
         }
         const int64_t row = inputs + width;
         const Element* now = state.now + s * row;
         const auto add_products = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
             for (int64_t k = begin; k < end; ++k) {
-                typename Dot::Weights w[4];
-                UNROLL for (int g = 0; g < 4; ++g) w[g] = Dot::weights(weights + (k * 4 + g) * packing.row);
+                decltype(Dot::template weights<V>(weights)) w[4];
+                UNROLL for (int g = 0; g < 4; ++g) w[g] = Dot::template weights<V>(weights + (k * 4 + g) * packing.row);
                 UNROLL for (int i = 0; i < Sequences; ++i) {
-                    const typename Dot::State from = Dot::broadcast(now + i * row + k * Dot::depth);
+                    const auto from = Dot::template broadcast<V>(now + i * row + k * Dot::depth);
                     UNROLL for (int g = 0; g < 4; ++g) sum[i][g] = Dot::multiply_add(w[g], from, sum[i][g]);
                 }
             }
@@ -139,19 +139,19 @@ class Forward {
         if (exact && x) { // the bias after what may be large, as libraries add it
             add_products(0, packing.input_steps);
             UNROLL for (int g = 0; g < 4; ++g) {
-                const Vec b = load(bias + (tile.direction * 4 + g) * D + unit, count);
+                const V b = load_as<V>(bias + (tile.direction * 4 + g) * D + unit, count);
                 UNROLL for (int i = 0; i < Sequences; ++i) sum[i][g] = sum[i][g] + b;
             }
         }
         add_products(exact ? packing.input_steps : 0, depth);
         UNROLL for (int i = 0; i < Sequences; ++i) {
-            const Vec in = sigmoid<exact>(sum[i][0]), forget = sigmoid<exact>(sum[i][1]);
-            const Vec new_c = tanh<exact>(sum[i][2]), out = sigmoid<exact>(sum[i][3]);
+            const V in = sigmoid<exact>(sum[i][0]), forget = sigmoid<exact>(sum[i][1]);
+            const V new_c = tanh<exact>(sum[i][2]), out = sigmoid<exact>(sum[i][3]);
             float* c_place = state.c + (s + i) * width + unit;
-            const Vec c = multiply_add(forget, load(c_place, Vec::lanes), in * new_c);
-            const Vec new_h = out * tanh<exact>(c);
-            store(c_place, c, Vec::lanes);
-            store(state.next + (s + i) * row + inputs + unit, new_h, Vec::lanes);
+            const V c = multiply_add(forget, load_as<V>(c_place, V::lanes), in * new_c);
+            const V new_h = out * tanh<exact>(c);
+            store(c_place, c, V::lanes);
+            store(state.next + (s + i) * row + inputs + unit, new_h, V::lanes);
             store(y + place[i] * D + unit, new_h, count);
             if (cells) {
                 auto* kept = reinterpret_cast<KeptValue*>(gates) + place[i] * 4 * D + unit;

@@ -17,6 +17,8 @@ struct Vec {
     static Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 };
 
+using Tail = Vec;
+
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }

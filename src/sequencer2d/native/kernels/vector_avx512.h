@@ -82,6 +82,53 @@ inline Vec nearest(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAR
 
 inline Vec power_of_two(Vec n) { return {_mm512_scalef_ps(_mm512_set1_ps(1), n.v)}; }
 
+struct Tail {
+    static constexpr int lanes = 8;
+    __m256 v;
+    static Tail broadcast(float x) { return {_mm256_set1_ps(x)}; }
+};
+
+inline Tail operator+(Tail a, Tail b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Tail operator-(Tail a, Tail b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Tail operator*(Tail a, Tail b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Tail multiply_add(Tail a, Tail b, Tail c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+
+inline __mmask8 first_of_tail(int count) { return static_cast<__mmask8>((1u << count) - 1); }
+
+inline Tail load_tail(const float* p, int count) { return {_mm256_maskz_loadu_ps(first_of_tail(count), p)}; }
+
+inline Tail load_tail(const bfloat16* p, int count) {
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_maskz_loadu_epi16(first_of_tail(count), p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
+}
+
+inline Tail load_tail(const float16* p, int count) {
+    const __mmask8 some = first_of_tail(count);
+    return {_mm256_maskz_cvtph_ps(some, _mm_maskz_loadu_epi16(some, p))};
+}
+
+inline void store(float* p, Tail x, int count) { _mm256_mask_storeu_ps(p, first_of_tail(count), x.v); }
+
+template <class Half>
+inline void store(Half* p, Tail x, int count) {
+    store(p, Vec{_mm512_castps256_ps512(x.v)}, count);
+}
+
+inline Tail clamp(Tail x, float low, float high) {
+    return {_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x.v))};
+}
+
+template <bool Exact>
+inline Tail reciprocal(Tail x) {
+    const __m256 y = _mm256_rcp14_ps(x.v);
+    if (!Exact) return {y};
+    return {_mm256_fmadd_ps(y, _mm256_fnmadd_ps(x.v, y, _mm256_set1_ps(1)), y)};
+}
+
+inline Tail nearest(Tail x) { return {_mm256_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+inline Tail power_of_two(Tail n) { return {_mm256_scalef_ps(_mm256_set1_ps(1), n.v)}; }
+
 } // namespace
 
 #include "dot.h"
@@ -93,15 +140,24 @@ namespace {
 struct BFloat16Dot {
     using Element = bfloat16;
     static constexpr int depth = 2;
-    using Weights = __m512bh;
-    using State = __m512bh;
-    static Weights weights(const Element* p) { return (__m512bh)_mm512_loadu_si512(p); }
-    static State broadcast(const Element* p) {
+    template <class V>
+    static auto weights(const Element* p) {
+        if constexpr (V::lanes == Vec::lanes)
+            return (__m512bh)_mm512_loadu_si512(p);
+        else
+            return (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    template <class V>
+    static auto broadcast(const Element* p) {
         int32_t pair;
         memcpy(&pair, p, sizeof pair);
-        return (__m512bh)_mm512_set1_epi32(pair);
+        if constexpr (V::lanes == Vec::lanes)
+            return (__m512bh)_mm512_set1_epi32(pair);
+        else
+            return (__m256bh)_mm256_set1_epi32(pair);
     }
-    static Vec multiply_add(Weights w, State h, Vec sum) { return {_mm512_dpbf16_ps(sum.v, w, h)}; }
+    static Vec multiply_add(__m512bh w, __m512bh h, Vec sum) { return {_mm512_dpbf16_ps(sum.v, w, h)}; }
+    static Tail multiply_add(__m256bh w, __m256bh h, Tail sum) { return {_mm256_dpbf16_ps(sum.v, w, h)}; }
 };
 #else
 using BFloat16Dot = FloatDot;

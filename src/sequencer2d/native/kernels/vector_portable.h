@@ -2,6 +2,7 @@
 //
 // Every vector_*.h defines the same names:
 //   Vec                          `lanes` floats; operators + - * and those below
+//   Tail                         as Vec, of half as many lanes where these take less time; with `load_tail`, or Vec itself
 //   load, store                  `count` values, float, bfloat16 or float16; lanes beyond are 0, or not written; count == lanes
 //                                is what compilers should specialise for
 //   multiply_add(a, b, c)        a * b + c
@@ -31,6 +32,8 @@ struct Vec {
     Floats v;
     static Vec broadcast(float x) { return {Floats{x, x, x, x}}; }
 };
+
+using Tail = Vec;
 
 inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }

@@ -1,24 +1,22 @@
 // The gradient of a linear layer's weights, grad^T x over many tokens, and of its bias: in bfloat16, summed in float.
 //
 // Libraries are slow at it, because both factors lie across the direction of the sum. Here each task owns some outputs
-// and walks over blocks of tokens: it brings pairs of tokens side by side, as the dot-product instruction wants them,
-// and multiplies from there. Every sum is made by one task in one order, however many threads there are.
+// and a part of the tokens, and walks over blocks of these: it brings pairs of tokens side by side, as the dot-product
+// instruction wants them, and multiplies from there. The sums of the parts are added at the end. How tokens are parted
+// depends on their number alone, so every sum is made in one order, however many threads there are.
 #pragma once
 
 #include "tiles.h"
 
 namespace {
 
-constexpr int kPairs = 96;       // of tokens in a block
-constexpr int kGradRows = 6;     // outputs × vectors of inputs that stay in registers
-constexpr int kGradColumns = 4;  //
-constexpr int kMostOutputs = 96; // of a task; a multiple of kGradRows
-
-inline int outputs_of_task(const WeightGradient& problem) {
-    int size = kMostOutputs;
-    while (size > 24 && problem.outputs < 2 * size * problem.threads) size /= 2;
-    return size;
-}
+constexpr int kPairs = 128;                // of tokens in a block
+constexpr int kGradRows = 6;               // outputs × vectors of inputs that stay in registers
+constexpr int kGradColumns = 4;            //
+constexpr int kBlockOutputs = 96;          // that are multiplied at a time; a multiple of kGradRows
+constexpr int64_t kPartTokens = 2048;      // at least, of a part
+constexpr int64_t kMostParts = 8;          //
+constexpr int64_t kTaskBytes = 256 * 1024; // of the sums of a task, about: they stay in the cache
 
 // Pairs of neighbouring values of a column, for 16 columns: those that are missing are 0.
 inline __m512i interleave(const bfloat16* row, int64_t stride, bool second, int count) {
@@ -28,125 +26,193 @@ inline __m512i interleave(const bfloat16* row, int64_t stride, bool second, int 
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
-class WeightGradientTask {
+class WeightGradients {
   public:
-    WeightGradientTask(const WeightGradient& problem, char* memory) : problem(problem), inputs(problem.inputs) {
-        Cutter cutter(memory);
-        x = cutter.cut<int32_t>(kPairs * round_up(inputs, kGradColumns * Vec::lanes));
-        grad = cutter.cut<int32_t>(kPairs * (kMostOutputs + Vec::lanes));
-        bytes = cutter.used;
+    explicit WeightGradients(const WeightGradient& problem)
+        : problem(problem),
+          grad(static_cast<const bfloat16*>(problem.grad)),
+          x(static_cast<const bfloat16*>(problem.x)),
+          own(static_cast<const bfloat16*>(problem.own)),
+          own_column(round_up(problem.inputs, Vec::lanes)),
+          width(own_column + round_up(problem.own_inputs, Vec::lanes)),
+          group_outputs(problem.outputs / problem.groups),
+          group_blocks(round_up(group_outputs, kBlockOutputs) / kBlockOutputs),
+          blocks(problem.groups * group_blocks) {
+        parts = smaller(kMostParts, problem.tokens / kPartTokens);
+        if (parts < 1) parts = 1;
+        part_tokens = round_up(round_up(problem.tokens, parts) / parts, 2 * kPairs);
+        parts = round_up(problem.tokens, part_tokens) / part_tokens;
+        int64_t task_outputs = kTaskBytes / static_cast<int64_t>(sizeof(float)) / width;
+        task_blocks = smaller(blocks, round_up(task_outputs, kBlockOutputs) / kBlockOutputs);
+        while (task_blocks > 1 && parts * tasks_of_part() < 2 * problem.threads) --task_blocks;
     }
-    int64_t bytes;
 
-    void run(int64_t begin, int outputs) {
-        float* out = problem.weight + begin * inputs;
-        memset(out, 0, static_cast<size_t>(outputs * inputs) * sizeof(float));
-        if (problem.bias) memset(problem.bias + begin, 0, static_cast<size_t>(outputs) * sizeof(float));
-        for (int64_t token = 0; token < problem.tokens; token += 2 * kPairs) {
-            const int tokens = smaller(2 * kPairs, problem.tokens - token);
-            pack_grad(token, tokens, begin, outputs);
-            pack_x(token, tokens);
-            for (int64_t c = 0; c < inputs; c += kGradColumns * Vec::lanes)
-                multiply_panel<kGradColumns>(out, c, outputs, (tokens + 1) / 2);
-        }
+    int run() {
+        scratch_bytes = Packed(nullptr, width).bytes;
+        const int64_t floats = parts * problem.outputs * (width + 1);
+        Scratch scratch(scratch_bytes * problem.threads + floats * static_cast<int64_t>(sizeof(float)));
+        if (!scratch) return kOutOfMemory;
+        memory = scratch.data();
+        sums = reinterpret_cast<float*>(memory + scratch_bytes * problem.threads);
+        bias_sums = sums + parts * problem.outputs * width;
+        parallel_for(
+            problem.threads, parts * tasks_of_part(),
+            [](void* self, int64_t item, int thread) { static_cast<WeightGradients*>(self)->run_task(item, thread); },
+            this);
+        parallel_for(
+            problem.threads, blocks,
+            [](void* self, int64_t item, int) { static_cast<WeightGradients*>(self)->add_parts(item); }, this);
+        return kDone;
     }
 
   private:
     const WeightGradient& problem;
-    const int64_t inputs;
-    int32_t* x;    // [panel of columns, pair, columns of a panel]
-    int32_t* grad; // [pair, kMostOutputs]
+    const bfloat16 *grad, *x, *own;
+    const int64_t own_column, width;           // columns: x with padding, own inputs with padding
+    const int64_t group_outputs, group_blocks; //
+    const int64_t blocks;                      // of outputs, each within a group
+    int64_t parts, part_tokens, task_blocks;
+    int64_t scratch_bytes = 0;
+    char* memory = nullptr;
+    float* sums = nullptr;      // [part, outputs, width]
+    float* bias_sums = nullptr; // [part, outputs]
 
     static constexpr int64_t kPanel = kGradColumns * Vec::lanes;
 
-    void pack_x(int64_t token, int tokens) {
-        const auto* from = static_cast<const bfloat16*>(problem.x) + token * problem.x_stride;
-        for (int pair = 0; 2 * pair < tokens; ++pair, from += 2 * problem.x_stride)
-            for (int64_t c = 0; c < inputs; c += Vec::lanes) {
-                int32_t* to = x + (c / kPanel * kPairs + pair) * kPanel + c % kPanel;
-                const int count = smaller(Vec::lanes, inputs - c);
-                _mm512_storeu_si512(to, interleave(from + c, problem.x_stride, 2 * pair + 1 < tokens, count));
+    // A block of tokens, in pairs.
+    struct Packed {
+        int32_t* columns; // [panel, pair, columns of a panel]
+        int32_t* rows;    // [pair, kBlockOutputs]
+        int64_t bytes;
+        Packed(char* memory, int64_t width) {
+            Cutter cutter(memory);
+            columns = cutter.cut<int32_t>(kPairs * round_up(width, kPanel));
+            rows = cutter.cut<int32_t>(kPairs * kBlockOutputs);
+            bytes = cutter.used;
+        }
+    };
+
+    int64_t tasks_of_part() const { return round_up(blocks, task_blocks) / task_blocks; }
+
+    int64_t begin_of_block(int64_t block) const {
+        return block / group_blocks * group_outputs + block % group_blocks * kBlockOutputs;
+    }
+
+    int outputs_of_block(int64_t block) const {
+        return smaller(kBlockOutputs, group_outputs - block % group_blocks * kBlockOutputs);
+    }
+
+    void run_task(int64_t item, int thread) const {
+        const Packed packed(memory + thread * scratch_bytes, width);
+        const int64_t part = item / tasks_of_part(), begin = item % tasks_of_part() * task_blocks;
+        const int64_t end = smaller(begin + task_blocks, blocks);
+        const int64_t end_token = smaller((part + 1) * part_tokens, problem.tokens);
+        const int64_t begin_output = part * problem.outputs + begin_of_block(begin);
+        const int64_t outputs = begin_of_block(end - 1) + outputs_of_block(end - 1) - begin_of_block(begin);
+        memset(sums + begin_output * width, 0, static_cast<size_t>(outputs * width) * sizeof(float));
+        memset(bias_sums + begin_output, 0, static_cast<size_t>(outputs) * sizeof(float));
+        for (int64_t token = part * part_tokens; token < end_token; token += 2 * kPairs) {
+            const int tokens = smaller(2 * kPairs, end_token - token);
+            pack_columns(x + token * problem.x_stride, problem.x_stride, tokens, problem.inputs, 0, packed);
+            int64_t group = -1;
+            for (int64_t block = begin; block < end; ++block) {
+                if (group != block / group_blocks) {
+                    group = block / group_blocks;
+                    const bfloat16* of_group = own + (group * problem.tokens + token) * problem.own_inputs;
+                    pack_columns(of_group, problem.own_inputs, tokens, problem.own_inputs, own_column, packed);
+                }
+                const int64_t output = part * problem.outputs + begin_of_block(block);
+                const int count = outputs_of_block(block);
+                const bfloat16* from = grad + token * problem.grad_stride + begin_of_block(block);
+                pack_rows(from, tokens, count, bias_sums + output, packed);
+                for (int64_t c = 0; c < width; c += kPanel)
+                    multiply_panel<kGradColumns>(sums + output * width, c, count, (tokens + 1) / 2, packed);
+            }
+        }
+    }
+
+    static void pack_columns(const bfloat16* from, int64_t stride, int tokens, int64_t count, int64_t column,
+                             const Packed& packed) {
+        for (int pair = 0; 2 * pair < tokens; ++pair, from += 2 * stride)
+            for (int64_t c = 0; c < count; c += Vec::lanes) {
+                const int64_t at = column + c;
+                int32_t* to = packed.columns + (at / kPanel * kPairs + pair) * kPanel + at % kPanel;
+                const int some = smaller(Vec::lanes, count - c);
+                _mm512_store_si512(to, interleave(from + c, stride, 2 * pair + 1 < tokens, some));
             }
     }
 
-    void pack_grad(int64_t token, int tokens, int64_t begin, int outputs) {
-        const auto* from = static_cast<const bfloat16*>(problem.grad) + token * problem.grad_stride + begin;
+    void pack_rows(const bfloat16* from, int tokens, int outputs, float* bias, const Packed& packed) const {
         for (int64_t o = 0; o < outputs; o += Vec::lanes) {
             const int count = smaller(Vec::lanes, outputs - o);
             __m512 sum = _mm512_setzero_ps();
             for (int pair = 0; 2 * pair < tokens; ++pair) {
                 const bfloat16* row = from + 2 * pair * problem.grad_stride + o;
                 const __m512i pairs = interleave(row, problem.grad_stride, 2 * pair + 1 < tokens, count);
-                _mm512_storeu_si512(grad + pair * kMostOutputs + o, pairs);
+                _mm512_store_si512(packed.rows + pair * kBlockOutputs + o, pairs);
                 sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
                 sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536))));
             }
-            if (problem.bias) {
-                float* bias = problem.bias + begin + o;
-                store(bias, load(bias, count) + Vec{sum}, count);
-            }
+            store(bias + o, load(bias + o, count) + Vec{sum}, count);
         }
     }
 
     template <int Columns>
-    void multiply_panel(float* out, int64_t c, int outputs, int pairs) const {
+    void multiply_panel(float* out, int64_t c, int outputs, int pairs, const Packed& packed) const {
         if constexpr (Columns > 1) {
-            if (inputs - c <= (Columns - 1) * Vec::lanes) return multiply_panel<Columns - 1>(out, c, outputs, pairs);
+            if (width - c < Columns * Vec::lanes)
+                return multiply_panel<Columns - 1>(out, c, outputs, pairs, packed);
         }
-        const int last = smaller(Vec::lanes, inputs - c - (Columns - 1) * Vec::lanes);
+        const int32_t* columns = packed.columns + c * kPairs;
         for (int o = 0; o < outputs; o += kGradRows)
-            multiply_rows<Columns, kGradRows>(out + o * inputs + c, c, o, outputs - o, pairs, last);
+            multiply_rows<Columns, kGradRows>(out + o * width + c, outputs - o, pairs, columns, packed.rows + o);
     }
 
     template <int Columns, int Rows>
-    void multiply_rows(float* out, int64_t c, int o, int rows, int pairs, int last) const {
+    void multiply_rows(float* out, int count, int pairs, const int32_t* columns, const int32_t* rows) const {
         if constexpr (Rows > 1) {
-            if (rows < Rows) return multiply_rows<Columns, Rows - 1>(out, c, o, rows, pairs, last);
+            if (count < Rows) return multiply_rows<Columns, Rows - 1>(out, count, pairs, columns, rows);
         }
         Vec sum[Rows][Columns];
         UNROLL for (int r = 0; r < Rows; ++r) {
-            UNROLL for (int j = 0; j < Columns; ++j)
-                sum[r][j] = load(out + r * inputs + j * Vec::lanes, j == Columns - 1 ? last : Vec::lanes);
+            UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = load(out + r * width + j * Vec::lanes, Vec::lanes);
         }
-        const int32_t* columns = x + c / kPanel * kPairs * kPanel;
-        const int32_t* of_rows = grad + o;
-        for (int pair = 0; pair < pairs; ++pair, columns += kPanel, of_rows += kMostOutputs) {
+        for (int pair = 0; pair < pairs; ++pair, columns += kPanel, rows += kBlockOutputs) {
             __m512bh w[Columns];
-            UNROLL for (int j = 0; j < Columns; ++j)
-                w[j] = (__m512bh)_mm512_loadu_si512(columns + j * Vec::lanes);
+            UNROLL for (int j = 0; j < Columns; ++j) w[j] = (__m512bh)_mm512_load_si512(columns + j * Vec::lanes);
             UNROLL for (int r = 0; r < Rows; ++r) {
-                const __m512bh g = (__m512bh)_mm512_set1_epi32(of_rows[r]);
+                const __m512bh g = (__m512bh)_mm512_set1_epi32(rows[r]);
                 UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = BFloat16Dot::multiply_add(w[j], g, sum[r][j]);
             }
         }
         UNROLL for (int r = 0; r < Rows; ++r) {
-            UNROLL for (int j = 0; j < Columns; ++j)
-                store(out + r * inputs + j * Vec::lanes, sum[r][j], j == Columns - 1 ? last : Vec::lanes);
+            UNROLL for (int j = 0; j < Columns; ++j) store(out + r * width + j * Vec::lanes, sum[r][j], Vec::lanes);
+        }
+    }
+
+    void add_parts(int64_t block) const {
+        const int64_t begin = begin_of_block(block), end = begin + outputs_of_block(block);
+        for (int64_t output = begin; output < end; ++output) {
+            const float* sum = sums + output * width;
+            add_row(sum, problem.inputs, problem.weight + output * problem.inputs);
+            add_row(sum + own_column, problem.own_inputs, problem.own_weight + output * problem.own_inputs);
+            if (!problem.bias) continue;
+            problem.bias[output] = 0;
+            for (int64_t part = 0; part < parts; ++part)
+                problem.bias[output] += bias_sums[part * problem.outputs + output];
+        }
+    }
+
+    void add_row(const float* from, int64_t count, float* to) const {
+        for (int64_t c = 0; c < count; c += Vec::lanes) {
+            Vec sum = load(from + c, Vec::lanes);
+            for (int64_t part = 1; part < parts; ++part)
+                sum = sum + load(from + part * problem.outputs * width + c, Vec::lanes);
+            store(to + c, sum, smaller(Vec::lanes, count - c));
         }
     }
 };
 
-inline int weight_gradient(const WeightGradient& problem) {
-    struct Work {
-        const WeightGradient& problem;
-        int size;
-        int64_t bytes;
-        char* memory;
-    };
-    const int size = outputs_of_task(problem);
-    const int64_t bytes = WeightGradientTask(problem, nullptr).bytes;
-    Scratch scratch(bytes * problem.threads);
-    if (!scratch) return kOutOfMemory;
-    Work work{problem, size, bytes, scratch.data()};
-    parallel_for(
-        problem.threads, round_up(problem.outputs, size) / size,
-        [](void* pointer, int64_t item, int thread) {
-            const Work& w = *static_cast<Work*>(pointer);
-            WeightGradientTask task(w.problem, w.memory + thread * w.bytes);
-            task.run(item * w.size, smaller(w.size, w.problem.outputs - item * w.size));
-        },
-        &work);
-    return kDone;
-}
+inline int weight_gradient(const WeightGradient& problem) { return WeightGradients(problem).run(); }
 
 } // namespace
