@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -21,9 +22,19 @@ Function* symbol(void* library, const char* name) {
     return reinterpret_cast<Function*>(found);
 }
 
+// At the start of a cache line, as torch's tensors are.
+template <class T>
+struct Lines {
+    using value_type = T;
+    T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+    void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+    bool operator==(const Lines&) const { return true; }
+    bool operator!=(const Lines&) const { return false; }
+};
+
 struct Memory { // of values of one type
     int type;
-    std::vector<char> bytes;
+    std::vector<char, Lines<char>> bytes;
     Memory(int type, int64_t count) : type(type), bytes(static_cast<size_t>(count * (type == kFloat32 ? 4 : 2))) {}
     void set(size_t i, float x) {
         uint32_t bits;

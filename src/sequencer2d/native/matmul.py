@@ -75,5 +75,6 @@ def lstm_weight_gradients(grad: Tensor, x: Tensor, previous: Tensor) -> tuple[Te
 def _is_ours(grad: Tensor, x: Tensor) -> bool:
     """Whether our kernel makes gradients of weights of this dtype, and has a part of them for every thread."""
     tokens, outputs = grad.shape
+    # As weight_gradient.h parts the work: tokens by 2048 into at most 8 parts, outputs by 96.
     enough = outputs * max(1, min(8, tokens // 2048)) >= 96 * torch.get_num_threads()
     return enough and x.dtype == torch.bfloat16 and kernel().name in WEIGHT_GRADIENTS

@@ -32,7 +32,9 @@ class Backward {
           grad_y(static_cast<const Value*>(tensors.grad_y)),
           grad_gates(static_cast<Value*>(tensors.grad_gates)),
           previous_hidden(static_cast<Value*>(tensors.previous_hidden)),
-          grad_bias(tensors.grad_bias) {}
+          grad_bias(tensors.grad_bias),
+          streams(kStreams && sizeof(Element) == sizeof(Value) && gate_bytes() % 64 == 0 &&
+                  reinterpret_cast<uintptr_t>(grad_gates) % 64 == 0) {}
 
     int run() {
         const int64_t tiles = tiling.count();
@@ -58,6 +60,7 @@ class Backward {
     const Value *y, *grad_y;
     Value *grad_gates, *previous_hidden;
     float* grad_bias;
+    const bool streams; // gradients of gates go to memory a token at a time, past the caches
     int64_t scratch_bytes = 0;
     char* memory = nullptr;
     float* tile_bias = nullptr; // [tiles, 4, width]
@@ -94,13 +97,18 @@ class Backward {
                 else
                     gate_gradients<Tail>(tile, step, block, state, bias, count);
             }
+            for (int s = 0; streams && s < tile.sequences; ++s)
+                stream(grad_gates + place(tile, s, step) * 4 * D, state.dgates + s * 4 * D, gate_bytes());
             if (step == 0) break;
             for (int64_t block = 0; block < packing.blocks; block += kBackwardBlocks) {
                 const Element* group = weights + block * packing.backward_steps * packing.row;
                 hand_back_blocks<kBackwardBlocks>(tile, block, group, state);
             }
         }
+        if (streams) end_of_stream();
     }
+
+    int64_t gate_bytes() const { return 4 * D * static_cast<int64_t>(sizeof(Value)); } // of a token and direction
 
     int64_t place(const Tile& tile, int s, int64_t step) const { // in units of D values
         return (tile.origin[s] + tile.offset(step)) * R + tile.direction;
@@ -145,7 +153,7 @@ class Backward {
             Value* to = grad_gates + place(tile, s, step) * 4 * D + unit;
             Element* local = state.dgates + s * 4 * D + unit;
             UNROLL for (int g = 0; g < 4; ++g) {
-                store(to + g * D, gradient[g], count);
+                if (!streams) store(to + g * D, gradient[g], count);
                 store(local + g * D, gradient[g], count);
                 bias_sum[g] = bias_sum[g] + gradient[g];
             }

@@ -85,6 +85,10 @@ inline void store(float16* p, Vec x, int count) {
     store_halves(p, _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count);
 }
 
+constexpr bool kStreams = false;
+inline void stream(void*, const void*, int64_t) {}
+inline void end_of_stream() {}
+
 inline Vec clamp(Vec x, float low, float high) { // min and max give their second operand where one is NaN
     return {_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x.v))};
 }

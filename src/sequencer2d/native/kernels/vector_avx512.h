@@ -67,6 +67,16 @@ inline void store(float16* p, Vec x, int count) {
     _mm256_mask_storeu_epi16(p, first(count), half);
 }
 
+constexpr bool kStreams = true;
+
+inline void stream(void* to, const void* from, int64_t bytes) {
+    auto* line = static_cast<__m512i*>(to);
+    for (int64_t i = 0; i < bytes / 64; ++i)
+        _mm512_stream_si512(line + i, _mm512_loadu_si512(static_cast<const char*>(from) + 64 * i));
+}
+
+inline void end_of_stream() { _mm_sfence(); }
+
 inline Vec clamp(Vec x, float low, float high) { // min and max give their second operand where one is NaN
     return {_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x.v))};
 }

@@ -11,6 +11,8 @@
 //   clamp(x, low, high)          NaN stays NaN
 //   reciprocal<Exact>(x)         1 / x for |x| in [1, 1e38]; not exact: to about bfloat16
 //   nearest(x), power_of_two(n)  rounding, and 2^n for a whole n in [-126, 126]
+//   stream(to, from, bytes)      copies whole cache lines past the caches; other threads see them after `end_of_stream`.
+//                                kStreams: whether it is worth while, and done
 //   kForwardSequences, kBackwardSequences, kBackwardBlocks: what fits the registers
 //   BFloat16Dot                  how bfloat16 matrices are multiplied (dot.h)
 #pragma once
@@ -55,6 +57,10 @@ template <class Value>
 inline void store(Value* p, Vec x, int count) {
     for (int i = 0; i < count; ++i) p[i] = from_float<Value>(x.v[i]);
 }
+
+constexpr bool kStreams = false;
+inline void stream(void*, const void*, int64_t) {}
+inline void end_of_stream() {}
 
 inline Floats choose(Flags flags, Floats a, Floats b) {
     return (Floats)(((Bits)flags & (Bits)a) | (~(Bits)flags & (Bits)b));
