@@ -16,7 +16,7 @@ from sequencer2d.training.config import TrainConfig
 from sequencer2d.zoo import get_config
 from study.costs import macs_per_image
 from study.pictures import Curve, Dot, draw_dots, draw_lines, spread
-from study.plan import read_study
+from study.plan import differing, read_study
 from study.runs import MAX_ROWS, load_runs, take_up, thin
 
 OURS = "sequencer2d_conv_p_patch2_16"
@@ -175,6 +175,14 @@ def test_a_row_of_runs_that_are_no_seeds_of_one_another_is_an_error(tmp_path: Pa
     write_study(docs, table(rows=[{"label": "Ours", "runs": ["a", "b"]}]))
     with pytest.raises(ValueError, match="runs of 'Ours' in 'All' differ by more than their seed: by model"):
         make_results.main([str(run) for run in runs], docs)
+
+
+def test_a_field_that_older_runs_did_not_know_is_no_difference_but_one_inside_a_section_is() -> None:
+    old = {"model": "a", "optim": {"momentum": 0.9}, "model_args": {"x": 1}, "seed": 0}
+    new = {"model": "a", "optim": {"momentum": 0.9, "schedule": "linear"}, "model_args": {"x": 1}, "seed": 0}
+    assert differing(old, new) == set()
+    other = new | {"optim": {"momentum": 0.8}, "model_args": {}}
+    assert differing(old, other) == {"optim.momentum", "model_args"}
 
 
 def test_rows_without_runs_are_left_out_and_runs_without_row_come_last(tmp_path: Path, docs: Path) -> None:

@@ -1,8 +1,9 @@
 """What `results/study.yaml` says: the tables and pictures of the page, in order."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -120,8 +121,18 @@ def lines_of(table: Table, runs: dict[str, Run]) -> list[Line]:
 
 def _changes(first: Run, other: Run) -> set[str]:
     """Fields by which a run is another training; those that only one of the two knows are of another version."""
-    shared = (first.config.keys() & other.config.keys()) - MAY_CHANGE - {"seed", "split_seed"}
-    return {key for key in shared if first.config[key] != other.config[key]}
+    return differing(first.config, other.config) - MAY_CHANGE - {"seed", "split_seed"}
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
+    """Dotted names of fields that both have, with different values."""
+    found: set[str] = set()
+    for key in one.keys() & other.keys():
+        if isinstance(one[key], dict) and isinstance(other[key], dict) and key != "model_args":
+            found |= {f"{key}.{name}" for name in differing(one[key], other[key])}
+        elif one[key] != other[key]:
+            found.add(key)
+    return found
 
 
 def runs_of_no_table(study: Study, runs: dict[str, Run]) -> list[Run]:

@@ -151,13 +151,17 @@ def test_an_image_of_any_shape_becomes_a_square_of_bytes(size: tuple[int, int], 
         np.testing.assert_array_equal(pixels, np.broadcast_to((255, 0, 0), (10, 24, 24, 3)))
 
 
-def test_the_padded_crop_shifts_by_at_most_an_eighth_within_its_reflection(photo: Image.Image) -> None:
+@pytest.mark.parametrize(("changes", "border"), [({}, 4), ({"shift": 1 / 16}, 2), ({"shift": 0.0}, 1)], ids=str)
+def test_the_padded_crop_shifts_by_at_most_its_reflected_border(
+    changes: dict[str, float], border: int, photo: Image.Image
+) -> None:
     image = photo.resize((32, 32))
-    transform = TrainTransform(augment(32, hflip=0.0), Preprocessing(image_size=32))
-    bordered = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="reflect")
-    crops = {bordered[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
+    transform = TrainTransform(augment(32, hflip=0.0, **changes), Preprocessing(image_size=32))
+    bordered = np.pad(np.asarray(image), ((border, border), (border, border), (0, 0)), mode="reflect")
+    places = range(2 * border + 1)
+    crops = {bordered[y : y + 32, x : x + 32].tobytes(): (y, x) for y in places for x in places}
     shifts = {crops[pixels.tobytes()] for pixels in transform([image] * 300, range(300))}
-    assert {y for y, _ in shifts} == {x for _, x in shifts} == set(range(9))
+    assert {y for y, _ in shifts} == {x for _, x in shifts} == set(places)
 
 
 @pytest.mark.parametrize(("hflip", "flipped"), [(0.0, 0), (1.0, 10)])

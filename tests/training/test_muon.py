@@ -63,6 +63,34 @@ def test_a_position_embedding_is_no_matrix() -> None:
     assert (group["weight_decay"], group["maps"]) == (0.0, 0)
 
 
+@pytest.mark.parametrize("keep_norms", [True, False])
+def test_convolutions_before_batch_norms_can_keep_their_norm(model: Sequencer2D, keep_norms: bool) -> None:
+    """And nothing else does: not the strided ones between stages, which no batch norm follows."""
+    torch.manual_seed(0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    groups = muon_groups(model, 0.5, keep_norms=keep_norms)
+    Muon(groups, 0.1, dtype=torch.float32).step()
+    kept = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and name != "head.fc.weight":
+            assert not torch.equal(parameter, before[name]), name
+            if math.isclose(parameter.norm(), before[name].norm(), rel_tol=1e-5):
+                kept.append(name)
+    convolutions = [name for name, weight in before.items() if weight.ndim == 4 and name.startswith("stem.")]
+    assert len(convolutions) > 1
+    assert kept == (convolutions if keep_norms else [])
+    decays = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert {decays[id(model.get_parameter(name))] for name in convolutions} == {0.0 if keep_norms else 0.5}
+
+
+def test_a_convolution_with_a_bias_or_without_a_batch_norm_keeps_no_norm() -> None:
+    layers = [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, bias=False), nn.GroupNorm(1, 4)]
+    model = Cells({str(i): layer for i, layer in enumerate([*layers, nn.BatchNorm2d(4)])} | {"head": nn.Identity()})
+    assert not any(group["keep_norms"] for group in muon_groups(model, 0.1, keep_norms=True))
+
+
 class Cells(nn.ModuleDict):
     """Some layers and a head."""
 

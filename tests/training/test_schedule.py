@@ -1,6 +1,7 @@
 """The learning rate is timm's at every update, and the clock counts updates or minutes, whichever are further."""
 
 import itertools
+from typing import Literal
 
 import pytest
 import torch
@@ -42,17 +43,26 @@ def test_every_update_has_the_learning_rate_of_timm(warmup_epochs: float, update
         assert learning_rate(epoch, epochs, optim) == pytest.approx(expected, rel=1e-9), f"at update {update}"
 
 
+def test_a_line_falls_evenly_from_the_peak_to_the_minimum() -> None:
+    optim = OptimConfig(learning_rate=1.0, min_learning_rate=0.2, warmup_epochs=0, schedule="linear")
+    assert [learning_rate(epoch, 8, optim) for epoch in (0, 2, 4, 8, 9)] == pytest.approx([1.0, 0.8, 0.6, 0.2, 0.2])
+
+
 @settings(deadline=None)
 @given(
+    schedule=st.sampled_from(["cosine", "linear"]),
     epochs=st.integers(1, 300),
     warmup_share=st.floats(0, 1),
     cooldown_epochs=st.floats(0, 30),
     peak=st.floats(1e-5, 1),
 )
 def test_the_rate_rises_to_the_peak_then_falls_to_the_minimum_and_stays(
-    epochs: int, warmup_share: float, cooldown_epochs: float, peak: float
+    schedule: Literal["cosine", "linear"], epochs: int, warmup_share: float, cooldown_epochs: float, peak: float
 ) -> None:
-    optim = OptimConfig(learning_rate=peak, warmup_epochs=warmup_share * epochs, cooldown_epochs=cooldown_epochs)
+    warmup_epochs = warmup_share * epochs
+    optim = OptimConfig(
+        schedule=schedule, learning_rate=peak, warmup_epochs=warmup_epochs, cooldown_epochs=cooldown_epochs
+    )
     grid = [i / 50 for i in range(51)]
     warmup = [learning_rate(t * warmup_share * epochs, epochs, optim) for t in grid[:-1]]
     after = [learning_rate(epochs * (warmup_share + t * (1 - warmup_share)), epochs, optim) for t in grid]

@@ -14,7 +14,9 @@ class AugmentConfig:
     """What training does to images. `None` follows the image size: what suits 224 pixels ruins 32."""
 
     crop: Literal["random-resized", "padded"] | None = None
-    """Random-resized crop (the paper's), or a shift within a reflected border of 1/8 (small images)."""
+    """Random-resized crop (the paper's), or a shift within a reflected border (small images)."""
+    shift: float = 1 / 8
+    """Width of that border, as a fraction of the image's side; at least one pixel."""
     scale: tuple[float, float] = (0.08, 1.0)
     """Area of a random-resized crop, as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -43,7 +45,7 @@ class AugmentConfig:
             raise ValueError(f"augment.scale={self.scale} must be two fractions in (0, 1], smallest first")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"augment.ratio={self.ratio} must be two positive numbers, smallest first")
-        for name in ("hflip", "random_erasing", "mix_prob"):
+        for name in ("shift", "hflip", "random_erasing", "mix_prob"):
             check_range(f"augment.{name}", getattr(self, name), 0, 1)
         for name in ("mixup_alpha", "cutmix_alpha"):
             check_range(f"augment.{name}", getattr(self, name), 0, math.inf)

@@ -104,11 +104,11 @@ class TrainTransform:
         return batch
 
     def _shift(self, image: Image.Image, random: Float64[np.ndarray, "R"]) -> UInt8[np.ndarray, "S S 3"]:
-        """A square cut out of the image with a reflected border of an eighth."""
+        """A square cut out of the image with a reflected border."""
         size = self.size
         if image.size != (size, size):
             image = self.resize(limit_aspect(image))
-        border = max(1, size // 8)
+        border = max(1, int(size * self.augment.shift))
         rows, columns = (
             _reflected(int(number * (side + 2 * border - size + 1)) - border, size, side)
             for number, side in zip(random, (image.height, image.width), strict=False)

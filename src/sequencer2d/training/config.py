@@ -16,20 +16,22 @@ from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimiser and its learning rate: linear warm-up, cosine to the minimum, cool-down there."""
+    """The optimiser and its learning rate: linear warm-up, a fall to the minimum, cool-down there."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """The paper's, or Muon for the matrices and AdamW for the rest: slower steps, of which far fewer are needed."""
     learning_rate: float | None = None
     """Peak. Default: the paper's 2e-3 at 2,048 images per update, by the square root."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls from its peak to its minimum."""
     min_learning_rate: float = 1e-6
-    """Where the cosine ends and the cool-down stays."""
+    """Where the fall ends and the cool-down stays."""
     warmup_learning_rate: float = 1e-6
     """Where the warm-up begins."""
     warmup_epochs: float | None = None
     """Default: a fifteenth of the epochs (20 of 300 in the paper)."""
     cooldown_epochs: float = 0.0
-    """Added after the epochs of the cosine."""
+    """Added after the epochs of the fall."""
     schedule_per_epoch: bool = False
     """Hold the learning rate through each epoch, as the official code does, rather than set it at every update."""
     weight_decay: float = 0.05
@@ -38,6 +40,8 @@ class OptimConfig:
     """AdamW's."""
     momentum: float = 0.95
     """Muon's."""
+    keep_norms: bool = False
+    """Muon's: convolutions before batch norms keep the norm of their initial weights, for only their direction matters."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; none by default."""
     ema_decay: float | None = None

@@ -19,11 +19,14 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-def muon_groups(model: nn.Module, weight_decay: float, no_weight_decay: Collection[str] = ()) -> list[dict[str, Any]]:
+def muon_groups(
+    model: nn.Module, weight_decay: float, no_weight_decay: Collection[str] = (), *, keep_norms: bool = False
+) -> list[dict[str, Any]]:
     """Parameter groups for `Muon`: AdamW's, and matrices by the number of maps that are stacked in them.
 
     AdamW takes biases, norms and the parameters named in `no_weight_decay`, which are not decayed, and the classifier,
-    which the model's `get_classifier()` tells, as timm's do.
+    which the model's `get_classifier()` tells, as timm's do. With `keep_norms`, convolutions before batch norms keep
+    their norm and are not decayed.
     """
     gates: dict[int, int] = {}
     for module in model.modules():
@@ -32,19 +35,41 @@ def muon_groups(model: nn.Module, weight_decay: float, no_weight_decay: Collecti
             gates |= {id(weight): count for weight in module.parameters() if weight.ndim == 2}
     vectors = {id(model.get_parameter(name)) for name in no_weight_decay}
     vectors |= {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
-    groups: dict[tuple[float, int], list[Tensor]] = defaultdict(list)
+    kept = _before_batch_norms(model) if keep_norms else set()
+    groups: dict[tuple[float, int, bool], list[Tensor]] = defaultdict(list)
     for group in param_groups_weight_decay(model, weight_decay, no_weight_decay_list=no_weight_decay):
         for parameter in group["params"]:
             plain = parameter.ndim < 2 or id(parameter) in vectors
-            groups[group["weight_decay"], 0 if plain else gates.get(id(parameter), 1)].append(parameter)
-    return [{"params": params, "weight_decay": decay, "maps": maps} for (decay, maps), params in groups.items()]
+            keeps = id(parameter) in kept
+            maps = 0 if plain else gates.get(id(parameter), 1)
+            groups[0.0 if keeps else group["weight_decay"], maps, keeps].append(parameter)
+    return [
+        {"params": params, "weight_decay": decay, "maps": maps, "keep_norms": keeps}
+        for (decay, maps, keeps), params in groups.items()
+    ]
+
+
+def _before_batch_norms(model: nn.Module) -> set[int]:
+    """Weights of convolutions whose size does not matter, since a batch norm takes what they put out.
+
+    Found by the order in which a model has its modules, which is that of its forward pass.
+    """
+    found: set[int] = set()
+    before: nn.Module | None = None
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d) and before.bias is None:
+            found.add(id(before.weight))
+        if module._parameters:
+            before = module
+    return found
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for groups of matrices, AdamW for the others, at one learning rate for both.
 
     A group's `maps` says how many matrices are stacked along the first axis of each of its parameters; kernels of
-    convolutions are flattened to one; 0 means AdamW. An update has about the size of AdamW's (Moonlight, Liu et al.
+    convolutions are flattened to one; 0 means AdamW. With `keep_norms` each parameter keeps its norm, so that its updates
+    do not become smaller relative to it as it grows (as the convolutions of Jordan 2024, `airbench94_muon.py`). An update has about the size of AdamW's (Moonlight, Liu et al.
     2025), so AdamW's learning rates and weight decay fit.
 
     Args:
@@ -65,7 +90,8 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.dtype = dtype
-        super().__init__(params, {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": 0.0, "maps": 0})
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": 0.0, "maps": 0, "keep_norms": False}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -94,7 +120,10 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalize(torch.cat([matrices for _, matrices in pairs]).to(self.dtype))
             size = 0.2 * math.sqrt(max(shape))
             for (parameter, _), update in zip(pairs, updates.split(group["maps"]), strict=True):
+                norm = parameter.norm() if group.get("keep_norms") else None  # older checkpoints have no such key
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
+                if norm is not None:
+                    parameter.mul_(norm / parameter.norm().clamp(min=1e-12))
 
     def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         if not parameters:

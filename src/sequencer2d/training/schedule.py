@@ -1,4 +1,4 @@
-"""The learning rate over a run: linear warm-up, cosine, cool-down (paper, appendix; timm's `CosineLRScheduler`)."""
+"""The learning rate over a run: linear warm-up, cosine or line, cool-down (paper, appendix; timm's `CosineLRScheduler`)."""
 
 import math
 import time
@@ -9,11 +9,11 @@ from sequencer2d.training.config import OptimConfig
 def learning_rate(epoch: float, epochs: float, optim: OptimConfig) -> float:
     """The learning rate at a point of the run, in epochs; fractions of an epoch count.
 
-    As in timm the warm-up is part of the cosine's span, not put before it.
+    As in timm the warm-up is part of the span of the fall, not put before it.
 
     Args:
         epoch: Epochs done, 0 … `epochs + optim.cooldown_epochs`; of a schedule per epoch the whole ones count.
-        epochs: Span of the cosine.
+        epochs: Span of the fall.
         optim: Resolved, that is without `None`.
     """
     peak, low, warmup = optim.learning_rate, optim.min_learning_rate, optim.warmup_epochs
@@ -24,7 +24,8 @@ def learning_rate(epoch: float, epochs: float, optim: OptimConfig) -> float:
     if epoch < warmup:
         return optim.warmup_learning_rate + (peak - optim.warmup_learning_rate) * epoch / warmup
     if epoch < epochs:
-        return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * epoch / epochs))
+        done = epoch / epochs
+        return low + (peak - low) * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
     return low
 
 

@@ -127,7 +127,7 @@ class SequencerTask(pl.LightningModule):
         """Norms and biases are not decayed. The learning rate is set before every update."""
         optim, undecayed = self.config.optim, self.model.no_weight_decay()
         if optim.optimizer == "muon":
-            groups = muon_groups(self.model, optim.weight_decay, undecayed)
+            groups = muon_groups(self.model, optim.weight_decay, undecayed, keep_norms=optim.keep_norms)
             groups = scale_by_layer(groups, self.model, self.config.finetune.layer_decay)
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             return Muon(groups, optim.learning_rate or 0.0, momentum=optim.momentum, betas=optim.betas, dtype=dtype)
