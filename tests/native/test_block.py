@@ -164,6 +164,28 @@ def test_sums_do_not_depend_on_the_number_of_threads(kernel_name: str) -> None:
         torch.set_num_threads(1)
 
 
+@any_size
+@given(**sizes, outputs=st.integers(1, 40))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_linear_layer_of_any_shape(
+    kernel_name: str, dtype: torch.dtype, batch: int, height: int, width: int, channels: int, outputs: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    module = nn.Linear(channels, outputs)
+    x = (2 * torch.randn(batch, height, width, channels)).requires_grad_()
+    double, x64 = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+    truth = gradients(lambda: (double(x64),), [x64, *double.parameters()], torch.float32)
+    ours = gradients(lambda: (native.linear(module, x, "native"),), [x, *module.parameters()], dtype)
+    assert_close(ours, truth, FP32 if dtype == torch.float32 else BF16)
+    assert [gradient.dtype for gradient in ours[1:]] == [torch.float32] * 3
+
+
+def test_a_linear_layer_in_training_is_ours() -> None:
+    """Not only where nothing is trained."""
+    y = native.linear(nn.Linear(4, 4), torch.randn(1, 2, 2, 4), "native")
+    assert type(y.grad_fn).__name__ == "_LinearBackward"
+
+
 def test_a_model_is_the_same_on_both_backends() -> None:
     torch.manual_seed(0)
     model = create_model("sequencer2d_conv_t_patch4_32", num_classes=5, drop_path_rate=0.3).train()
@@ -234,6 +256,11 @@ def test_dropout_is_pytorchs() -> None:
 
 
 def test_frozen_parts_get_no_gradient_and_cost_none() -> None:
+    fc = nn.Linear(8, 8)
+    fc.weight.requires_grad_(False)
+    native.linear(fc, torch.randn(1, 2, 2, 8), "native").sum().backward()
+    assert fc.weight.grad is None
+    assert fc.bias.grad is not None
     module = Mlp(8, 8)
     module.fc1.requires_grad_(False)
     x = torch.randn(1, 2, 2, 8)

@@ -76,7 +76,7 @@ def test_convolutions_before_batch_norms_can_keep_their_norm(model: Sequencer2D,
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and name != "head.fc.weight":
             assert not torch.equal(parameter, before[name]), name
-            if math.isclose(parameter.norm(), before[name].norm(), rel_tol=1e-5):
+            if math.isclose(parameter.norm().item(), before[name].norm().item(), rel_tol=1e-5):
                 kept.append(name)
     convolutions = [name for name, weight in before.items() if weight.ndim == 4 and name.startswith("stem.")]
     assert len(convolutions) > 1

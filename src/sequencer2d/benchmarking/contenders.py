@@ -62,7 +62,7 @@ def _torch_step(net: "nn.Module", workload: Workload, precision: str, *, compile
     import torch
 
     images, labels = _batch(workload)
-    forward = torch.compile(net) if compiled else net
+    forward = torch.compile(net, dynamic=False) if compiled else net
     if workload.mode == "infer":
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         net.eval().requires_grad_(False).to(dtype)

@@ -60,10 +60,10 @@ def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
     if parameters is None or dtype not in (torch.float32, torch.bfloat16):
         return module(x)
     w1, b1, w2, b2 = parameters
-    if not {w1.dtype, b1.dtype, w2.dtype, b2.dtype} <= {dtype, torch.float32}:
+    if (w1.dtype, w2.dtype) != (b1.dtype, b2.dtype) or not {w1.dtype, w2.dtype} <= {dtype, torch.float32}:
         return module(x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
-        return _Mlp.apply(*(tensor.to(dtype) for tensor in (x, *parameters)))  # type: ignore[return-value]
+        return _Mlp.apply(x.to(dtype), *parameters)  # type: ignore[return-value]
     hidden = matmul.linear(x.detach().to(dtype), *weights.ready(module.fc1, w1, b1, dtype))
     kernel().gelu(hidden, hidden)
     return matmul.linear(hidden, *weights.ready(module.fc2, w2, b2, dtype))
@@ -94,18 +94,19 @@ def _plain_parameters(module: Mlp, x: Tensor) -> tuple[Tensor, Tensor, Tensor, T
 def linear(module: nn.Module, x: Tensor, backend: str) -> Tensor:
     """A linear layer; where nothing is trained, its weights in autocast's precision are kept between calls."""
     dtype = computing_dtype(x)
-    if (
+    if not (
         ready(backend)
         and type(module) is nn.Linear
         and (bias := module.bias) is not None
         and is_unobserved(module)
         and is_plain(x, weight := module.weight, bias)
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and weight.dtype == bias.dtype
         and (weight.dtype, dtype) in TYPES
     ):
-        return matmul.linear(x.detach().to(dtype), *weights.ready(module, weight, bias, dtype))
-    return module(x)
+        return module(x)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        return _Linear.apply(x.to(dtype), weight, bias)  # type: ignore[return-value]
+    return matmul.linear(x.detach().to(dtype), *weights.ready(module, weight, bias, dtype))
 
 
 TYPES = {
@@ -173,16 +174,35 @@ class _ResidualNorm(torch.autograd.Function):
         return grad_x, grad_branch, None, grad_weight.to(parameter_dtype), grad_bias.to(parameter_dtype), None, None
 
 
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        ctx.parameter_dtype = weight.dtype
+        return matmul.linear(x, cast, bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        of_parameters = _parameter_gradients(grad, x, ctx.parameter_dtype, *ctx.needs_input_grad[1:])
+        return matmul.linear(grad, weight.t()).reshape(x.shape) if ctx.needs_input_grad[0] else None, *of_parameters
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
     ) -> Tensor:
-        before = matmul.linear(x, w1, b1)
+        cast1, cast2 = w1.to(x.dtype), w2.to(x.dtype)
+        before = matmul.linear(x, cast1, b1.to(x.dtype))
         hidden = torch.empty_like(before)
         kernel().gelu(before, hidden)
-        ctx.save_for_backward(x, w1, w2, before)
-        return matmul.linear(hidden, w2, b2)
+        ctx.save_for_backward(x, cast1, cast2, before)
+        ctx.parameter_dtypes = (w1.dtype, w2.dtype)
+        return matmul.linear(hidden, cast2, b2.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -193,10 +213,18 @@ class _Mlp(torch.autograd.Function):
         grad_hidden = matmul.linear(grad, w2.t())
         hidden, grad_before = torch.empty_like(grad_hidden), torch.empty_like(grad_hidden)
         kernel().gelu(before, hidden, grad_hidden, grad_before)
-        grad_w1 = grad_b1 = grad_w2 = grad_b2 = None
-        if wants_w1 or wants_b1:
-            grad_w1, grad_b1 = matmul.weight_gradient(grad_before, x.reshape(-1, x.shape[-1]))
-        if wants_w2 or wants_b2:
-            grad_w2, grad_b2 = matmul.weight_gradient(grad, hidden)
+        dtype1, dtype2 = ctx.parameter_dtypes
+        of_first = _parameter_gradients(grad_before, x, dtype1, wants_w1, wants_b1)
+        of_second = _parameter_gradients(grad, hidden, dtype2, wants_w2, wants_b2)
         grad_x = matmul.linear(grad_before, w1.t()).reshape(x.shape) if wants_x else None
-        return grad_x, grad_w1, grad_b1, grad_w2, grad_b2
+        return grad_x, *of_first, *of_second
+
+
+def _parameter_gradients(
+    grad: Tensor, x: Tensor, dtype: torch.dtype, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a linear layer's weight and bias as far as they are wanted, of the parameters' dtype."""
+    if not (wants_weight or wants_bias):
+        return None, None
+    of_weight, of_bias = matmul.weight_gradient(grad, x.reshape(-1, x.shape[-1]), dtype, bias=wants_bias)
+    return of_weight if wants_weight else None, of_bias

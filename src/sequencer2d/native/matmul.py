@@ -43,18 +43,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def weight_gradient(grad: Tensor, x: Tensor, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype, *, bias: bool = True) -> tuple[Tensor, Tensor | None]:
     """Gradients of a linear layer's weight and bias, from its output's `[N, outputs]` and its input `[N, inputs]`.
 
-    In bf16 by our kernel where that is faster: for layers that widen, on few threads.
+    In bf16 by our kernel where that is faster, on few threads; its sums are fp32, and stay so where `dtype` is.
     """
     outputs, inputs = grad.shape[1], x.shape[1]
-    if not (outputs >= 2 * inputs and inputs <= 384 and _is_ours(grad, x)):
-        return grad.t() @ x, grad.sum(0) if bias else None
+    if not (inputs <= (576 if outputs <= 192 else 384) and _is_ours(grad, x)):
+        return (grad.t() @ x).to(dtype), grad.sum(0).to(dtype) if bias else None
     weight = x.new_empty(outputs, inputs, dtype=torch.float32)
     of_bias = x.new_empty(outputs, dtype=torch.float32) if bias else None
     kernel().weight_gradient(grad, x, weight, of_bias)
-    return weight.to(x.dtype), None if of_bias is None else of_bias.to(x.dtype)
+    return weight.to(dtype), None if of_bias is None else of_bias.to(dtype)
 
 
 def lstm_weight_gradients(grad: Tensor, x: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ class OptimConfig:
     momentum: float = 0.95
     """Muon's."""
     keep_norms: bool = False
-    """Muon's: convolutions before batch norms keep the norm of their initial weights, for only their direction matters."""
+    """Muon's: convolutions before batch norms keep the norm that they began with; only their direction matters."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; none by default."""
     ema_decay: float | None = None

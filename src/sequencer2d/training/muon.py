@@ -68,9 +68,9 @@ class Muon(torch.optim.Optimizer):
     """Muon for groups of matrices, AdamW for the others, at one learning rate for both.
 
     A group's `maps` says how many matrices are stacked along the first axis of each of its parameters; kernels of
-    convolutions are flattened to one; 0 means AdamW. With `keep_norms` each parameter keeps its norm, so that its updates
-    do not become smaller relative to it as it grows (as the convolutions of Jordan 2024, `airbench94_muon.py`). An update has about the size of AdamW's (Moonlight, Liu et al.
-    2025), so AdamW's learning rates and weight decay fit.
+    convolutions are flattened to one; 0 means AdamW. An update has about the size of AdamW's (Moonlight, Liu et al.
+    2025), so AdamW's learning rates and weight decay fit. With `keep_norms` each parameter keeps its norm, so that its
+    updates do not become smaller relative to it as it grows (as the convolutions of Jordan 2024, `airbench94_muon.py`).
 
     Args:
         params: Groups with `params`, `maps` and `weight_decay`, as by `muon_groups`.

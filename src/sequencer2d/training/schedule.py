@@ -1,4 +1,4 @@
-"""The learning rate over a run: linear warm-up, cosine or line, cool-down (paper, appendix; timm's `CosineLRScheduler`)."""
+"""The learning rate of a run: linear warm-up, cosine (paper, appendix; timm's `CosineLRScheduler`) or line, cool-down."""
 
 import math
 import time
