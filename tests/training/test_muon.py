@@ -64,9 +64,10 @@ def test_a_position_embedding_is_no_matrix() -> None:
 
 
 @pytest.mark.parametrize("keep_norms", [True, False])
-def test_convolutions_before_batch_norms_can_keep_their_norm(model: Sequencer2D, keep_norms: bool) -> None:
+def test_convolutions_before_batch_norms_can_keep_their_norm(keep_norms: bool) -> None:
     """And nothing else does: not the strided ones between stages, which no batch norm follows."""
     torch.manual_seed(0)
+    model = create_model("sequencer2d_conv_t_patch4_32", num_classes=3)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)

@@ -1,4 +1,4 @@
-"""The learning rate of a run: linear warm-up, cosine (paper, appendix; timm's `CosineLRScheduler`) or line, cool-down."""
+"""The learning rate of a run: warm-up, cosine (paper, appendix; timm's `CosineLRScheduler`) or line, cool-down."""
 
 import math
 import time
