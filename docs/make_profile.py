@@ -103,7 +103,7 @@ def measure(net: tuple[str, int], mode: str, precision: str, batch_size: int) ->
     """A row of the table."""
     model, side = net
     step = make_step(model, side, mode, precision, batch_size)
-    total = median_seconds(step, STEPS) * 1e3
+    total = median_seconds(step, STEPS * max(1, 8 // batch_size)) * 1e3
     with profile() as found:
         for _ in range(STEPS):
             step()

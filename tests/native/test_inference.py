@@ -84,6 +84,15 @@ def negate(block: Any) -> None:
     )
 
 
+def patched(block: Any) -> None:
+    forward = block.rnn_tokens.fc.forward
+    block.rnn_tokens.fc.forward = lambda x: 2 * forward(x)
+
+
+def another_dropout(block: Any) -> None:
+    block.mlp_channels.drop2 = nn.Tanh()
+
+
 def tanh_gelu(block: Any) -> None:
     block.mlp_channels.act = nn.GELU(approximate="tanh")
 
@@ -115,7 +124,19 @@ def another_backend(block: Any) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [hook, negate, tanh_gelu, normalised, pruned, without_bias, dropout_alone, drop_path, another_backend],
+    [
+        hook,
+        negate,
+        patched,
+        another_dropout,
+        tanh_gelu,
+        normalised,
+        pruned,
+        without_bias,
+        dropout_alone,
+        drop_path,
+        another_backend,
+    ],
     ids=lambda change: change.__name__,
 )
 def test_it_stands_aside_where_a_part_is_another(change: Callable[[Any], None]) -> None:

@@ -83,6 +83,7 @@ def _plain_parameters(module: Mlp, x: Tensor) -> tuple[Tensor, Tensor, Tensor, T
         and type(act) is nn.GELU
         and act.approximate == "none"
         and type(norm) is nn.Identity
+        and type(drop1) is type(drop2) is nn.Dropout
         and not (drop1.training and drop1.p)
         and not (drop2.training and drop2.p)
     ):

@@ -105,9 +105,11 @@ def is_plain(*tensors: Tensor | Proxy) -> bool:
 
 
 def is_unobserved(*modules: nn.Module) -> bool:
-    """Whether nobody has hooks on these modules, which would not be called if kernels took their place."""
+    """Whether nobody has hooks on these modules, or a `forward` of theirs, that would be passed by."""
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return False
+        if "forward" in module.__dict__:
             return False
     return True
 

@@ -59,18 +59,17 @@ def infer_block(block: nn.Module, x: Tensor, mixes: Callable[..., Tensor]) -> Te
         )
     except (KeyError, AttributeError):  # other parts, or parameters that are computed from others
         return None
-    types = (type(norm1), type(norm2), type(rnn_v), type(rnn_h), type(fc), type(mlp), type(fc1), type(act), type(fc2))
+    plain = (norm1, norm2, rnn_v, rnn_h, fc, mlp, fc1, act, drop1, identity, fc2, drop2)
     dtype = computing_dtype(x)
     parameter_dtypes = {tensor.dtype if tensor is not None else None for tensor in tensors}
     parameter_dtype = parameter_dtypes.pop()
     if not (
-        types == _TYPES_OF_PARTS
+        tuple([type(part) for part in plain]) == _TYPES_OF_PLAIN
         and type(mixer).forward is mixes
         and mixer.backend == backend
         and rnn_v.num_layers == rnn_h.num_layers == 1
         and not (rnn_v.proj_size or rnn_h.proj_size)
         and rnn_h.bidirectional == bidirectional
-        and type(identity) is nn.Identity
         and act.approximate == "none"
         and type(drop_path) in (nn.Identity, DropPath)
         and not (drop_path.training and type(drop_path) is DropPath)
@@ -81,7 +80,7 @@ def infer_block(block: nn.Module, x: Tensor, mixes: Callable[..., Tensor]) -> Te
         and (x.dtype, dtype) in TYPES
         and (parameter_dtype == x.dtype or torch.is_autocast_enabled("cpu"))
         and is_plain(*tensors)
-        and is_unobserved(norm1, mixer, norm2, mlp, drop_path, rnn_v, rnn_h, fc, fc1, act, drop1, identity, fc2, drop2)
+        and is_unobserved(mixer, drop_path, *plain)
     ):
         return None
     hidden_size, axis = rnn_v.hidden_size, 1 + bidirectional
@@ -100,7 +99,10 @@ def infer_block(block: nn.Module, x: Tensor, mixes: Callable[..., Tensor]) -> Te
     return x.add_(matmul.linear(inner, *made.fc2))
 
 
-_TYPES_OF_PARTS = (nn.LayerNorm, nn.LayerNorm, nn.LSTM, nn.LSTM, nn.Linear, Mlp, nn.Linear, nn.GELU, nn.Linear)
+_TYPES_OF_PLAIN = (
+    *(nn.LayerNorm, nn.LayerNorm, nn.LSTM, nn.LSTM, nn.Linear),
+    *(Mlp, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout),
+)
 
 
 def _prepare(
