@@ -227,7 +227,8 @@ int main(int, char** arguments) {
                     tokens.fill(scale, 4), start.fill(1, 5), w_ih.fill(0.3f, 6);
                     const void *x = C ? tokens.bytes.data() : nullptr, *bias_in = C ? start.bytes.data() : nullptr;
                     w.fill(0.3f, 1), projected.fill(scale, 2), grad_y.fill(1, 3);
-                    const float tolerance = type == kFloat32 ? 1e-4f : 5e-2f;
+                    // sums of large inputs are rounded before an activation takes what is left of them
+                    const float tolerance = type == kFloat32 ? 1e-4f + scale * 0x1p-23f : 5e-2f;
                     std::vector<Memory> first;
                     for (int k = 0; name(k); ++k) {
                         if (!runs_here(k)) continue;
