@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sequencer2d import create_model, native, set_backend
 from sequencer2d.layers import Sequencer2DBlock
-from sequencer2d.native import available
+from sequencer2d.native import available, matmul
 from sequencer2d.native.library import WEIGHT_GRADIENTS, kernel
 
 pytestmark = pytest.mark.skipif(not available(), reason="the package was installed without kernels")
@@ -178,6 +178,17 @@ def test_a_linear_layer_of_any_shape(
     ours = gradients(lambda: (native.linear(module, x, "native"),), [x, *module.parameters()], dtype)
     assert_close(ours, truth, FP32 if dtype == torch.float32 else BF16)
     assert [gradient.dtype for gradient in ours[1:]] == [torch.float32] * 3
+
+
+def test_gradients_of_weights_take_any_layout() -> None:
+    """Such as the gradient of a sum, which is one value expanded."""
+    x, one = torch.randn(300, 40).bfloat16(), torch.ones(1).bfloat16()
+    for grad, tokens in ((one.expand(300, 960), x), (torch.randn(960, 300).bfloat16().t(), x.t().contiguous().t())):
+        weight, bias = matmul.weight_gradient(grad, tokens, torch.float32)
+        truth = grad.double().t() @ tokens.double()
+        assert bias is not None
+        assert (weight.double() - truth).norm() <= 1e-2 * truth.norm()
+        assert (bias.double() - grad.double().sum(0)).norm() <= 1e-2 * grad.double().sum(0).norm()
 
 
 def test_a_linear_layer_in_training_is_ours() -> None:

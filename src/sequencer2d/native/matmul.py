@@ -53,7 +53,7 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype, *, bias: bool =
         return (grad.t() @ x).to(dtype), grad.sum(0).to(dtype) if bias else None
     weight = x.new_empty(outputs, inputs, dtype=torch.float32)
     of_bias = x.new_empty(outputs, dtype=torch.float32) if bias else None
-    kernel().weight_gradient(grad, x, weight, of_bias)
+    kernel().weight_gradient(_with_rows(grad), _with_rows(x), weight, of_bias)
     return weight.to(dtype), None if of_bias is None else of_bias.to(dtype)
 
 
@@ -68,8 +68,13 @@ def lstm_weight_gradients(grad: Tensor, x: Tensor, previous: Tensor) -> tuple[Te
         return grad.t() @ x, torch.stack([of_gates.t() @ hidden for of_gates, hidden in by_direction])
     w_ih = x.new_empty(grad.shape[1], x.shape[1], dtype=torch.float32)
     w_hh = x.new_empty(R, grad.shape[1] // R, D, dtype=torch.float32)
-    kernel().weight_gradient(grad, x, w_ih, None, previous, w_hh)
+    kernel().weight_gradient(_with_rows(grad), _with_rows(x), w_ih, None, previous, w_hh)
     return w_ih.to(x.dtype), w_hh.to(x.dtype)
+
+
+def _with_rows(matrix: Tensor) -> Tensor:
+    """The same with the values of a row side by side, as kernels take them; a sum's gradient is one value expanded."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def _is_ours(grad: Tensor, x: Tensor) -> bool:
