@@ -114,6 +114,14 @@ _CONV_TINY = SequencerConfig(
     stem_depths=(2, 2),
 )
 _CONV_SMALL = replace(_CONV_TINY, stem_depths=(5, 5))
+_CONV_BASE = replace(
+    _CONV_TINY,
+    layers=(1, 1),
+    embed_dims=(256, 256),
+    hidden_sizes=(64, 64),
+    stem_widths=(64, 256),
+    stem_depths=(5, 4),
+)
 _CONV_PICO = SequencerConfig(
     layers=(2, 1),
     patch_sizes=(2, 2),
@@ -181,6 +189,7 @@ VARIANTS: dict[str, Variant] = {
     "sequencer2d_conv_t_patch4_32": _small(32, _CONV_TINY),
     "sequencer2d_conv_t_patch4_64": _small(64, _CONV_TINY),
     "sequencer2d_conv_s_patch4_32": _small(32, _CONV_SMALL),
+    "sequencer2d_conv_b_patch4_32": _small(32, _CONV_BASE),
 }
 
 
