@@ -193,7 +193,7 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-DEFAULT_MODEL = "sequencer2d_conv_s_patch4_32"
+DEFAULT_MODEL = "sequencer2d_conv_b_patch4_32"
 """What `sequencer2d predict` asks where no model is named: the package has its weights for CIFAR-10."""
 
 PACKAGED = Path(__file__).parent / "pretrained"
