@@ -1,6 +1,7 @@
 """Writes docs/results.md and its pictures from the summaries of runs in docs/results/ and from results/study.yaml.
 
-`python docs/make_results.py` writes the page anew; with RUN_DIR … it takes up these finished runs first.
+`python docs/make_results.py` writes the page anew; with RUN_DIR … it takes up these finished runs first, with
+what `sequencer2d evaluate RUN_DIR … --json RUN_DIR/evaluations/NAME.json` has written into them.
 """
 
 import sys
