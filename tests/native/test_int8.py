@@ -65,7 +65,7 @@ def test_norm_and_product_of_any_size(kernel_name: str, tokens: int, channels: i
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.one_of(st.integers(0, 20), st.integers(90, 200)),
-    channels=st.integers(2, 70),
+    channels=st.integers(3, 70),  # two channels have one norm in all tokens, whose levels would fall together
     mixed=st.integers(1, 70),
     wide=st.integers(1, 130),
     seed=st.integers(0, 1000),
