@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,10 +35,14 @@ def apply(linear: Int8Linear, levels: Tensor) -> Tensor:
     return linear.scale.double() * (levels @ linear.weight.double().T) + linear.bias.double()
 
 
-def slack(linear: Int8Linear, levels: Tensor, blur: float = 0.01) -> Tensor:
-    """What an output may differ by where a level within `blur` of the middle of two was rounded the other way."""
-    undecided = ((levels - levels.floor() - 0.5).abs() < blur).double()
-    return linear.scale.double() * (undecided @ linear.weight.double().abs().T)
+def undecided(levels: Tensor) -> Tensor:
+    """1 where a level is within 0.01 of the middle of two and may be rounded to either, else 0."""
+    return ((levels - levels.floor() - 0.5).abs() < 0.01).double()
+
+
+def slack(linear: Int8Linear, levels: Tensor) -> Tensor:
+    """What an output may differ by where undecided levels were rounded the other way."""
+    return linear.scale.double() * (undecided(levels) @ linear.weight.double().abs().T)
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -65,7 +69,7 @@ def test_norm_and_product_of_any_size(kernel_name: str, tokens: int, channels: i
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.one_of(st.integers(0, 20), st.integers(90, 200)),
-    channels=st.integers(3, 70),  # two channels have one norm in all tokens, whose levels would fall together
+    channels=st.integers(2, 70),
     mixed=st.integers(1, 70),
     wide=st.integers(1, 130),
     seed=st.integers(0, 1000),
@@ -81,7 +85,10 @@ def test_the_rest_of_a_block_of_any_size(
     finish(hidden, ours, states, fc, norm, fc1, active, fc2, EPS)
     y = x.double() + apply(fc, to_bytes(hidden.double(), states).round())
     inner = apply(fc1, to_bytes(F.layer_norm(y, (channels,), eps=EPS), norm).round())
-    y = y + apply(fc2, to_bytes(F.gelu(inner), active).round())
+    levels = to_bytes(F.gelu(inner), active)
+    # Two channels have one norm in all tokens, whose levels may be undecided all together.
+    assume(not levels.numel() or undecided(levels).mean() < 0.2)
+    y = y + apply(fc2, levels.round())
     # Three roundings on top of each other: a level of 0.5 that falls to the other side moves all that follows.
     assert (ours - y).norm() <= 0.02 * (y - x).norm() + 1e-6
 
