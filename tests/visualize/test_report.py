@@ -12,7 +12,8 @@ import pytest
 
 from sequencer2d.visualize import report
 from sequencer2d.visualize.curves import draw_curves
-from sequencer2d.visualize.report import MAX_SAMPLES, Sample, write_report
+from sequencer2d.visualize.report import MAX_SAMPLES, write_report
+from sequencer2d.visualize.samples import Sample
 
 HOSTILE = "<script>alert('x')</script>\"&"
 VOID_TAGS = {"meta", "img", "br", "link"}

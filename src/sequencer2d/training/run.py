@@ -9,12 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import yaml
 from lightning_fabric.plugins.environments import LightningEnvironment
-from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
@@ -24,7 +22,7 @@ from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.data.verdicts import known_bad
-from sequencer2d.evaluation import Answers, Evaluation, check_split, evaluate_images, get_split
+from sequencer2d.evaluation import Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import Classifier, Peer
@@ -72,12 +70,11 @@ from sequencer2d.training.run_folder import (
 )
 from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_model
 from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
-from sequencer2d.visualize.report import Sample, write_report
+from sequencer2d.visualize.report import write_report
+from sequencer2d.visualize.samples import draw_samples, write_samples
 from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
 
 log = logging.getLogger("sequencer2d")
-
-_NUM_SAMPLES = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,8 +443,8 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     scores = {f"{split}_top1": evaluation.top1, f"{split}_loss": evaluation.loss}
     save_model(model, replace(card, training={**card.training, **scores}), path)
     result = replace(result, val_top1=card.training["val_top1"], evaluation=evaluation, skipped=skipped)
-    samples = _samples(run, images, answers)
-    _write_samples(run.run_dir / "samples", samples)
+    samples = draw_samples(images, answers, card.class_names, run.config.seed)
+    write_samples(run.run_dir / "samples", samples)
     environment = json.loads((run.run_dir / "environment.json").read_text())
     write_report(
         run.run_dir / "report.html",
@@ -476,35 +473,3 @@ def _summary(run: _Run, result: TrainResult, environment: dict[str, Any]) -> dic
         "Training": f"{result.minutes:.1f} minutes, {result.updates:,} updates",
         "Machine": f"{environment['gpu'] or environment['cpu']}, {environment['threads']} threads",
     }
-
-
-def _samples(run: _Run, images: ImageSet, answers: Answers) -> list[Sample]:
-    """Wrong and right answers half and half where there are so many, drawn with the run's seed."""
-    names = run.data.class_names
-    right = answers.probabilities.argmax(1) == images.labels[answers.indices]
-    generator = np.random.default_rng(run.config.seed)
-    wrong_rows, right_rows = (generator.permutation(np.flatnonzero(chosen)) for chosen in (~right, right))
-    wrong_rows = wrong_rows[: max(_NUM_SAMPLES // 2, _NUM_SAMPLES - len(right_rows))]
-    samples = []
-    for row in [*wrong_rows, *right_rows[: _NUM_SAMPLES - len(wrong_rows)]]:
-        index = int(answers.indices[row])
-        image = images.image(index)
-        image.thumbnail((256, 256), Image.Resampling.LANCZOS)
-        best = np.argsort(-answers.probabilities[row])[:3]
-        samples.append(
-            Sample(
-                image=np.asarray(image),
-                name=images.name(index),
-                label=names[images.labels[index]],
-                predictions=tuple((names[k], float(answers.probabilities[row, k])) for k in best),
-            )
-        )
-    return samples
-
-
-def _write_samples(folder: Path, samples: list[Sample]) -> None:
-    """The sample images as files, so that `predict` can be tried on them at once."""
-    folder.mkdir(exist_ok=True)
-    for number, sample in enumerate(samples):
-        label = "".join(character if character.isalnum() else "_" for character in sample.label)
-        Image.fromarray(sample.image).save(folder / f"{number:02d}-{label}.png")

@@ -8,7 +8,6 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from PIL import Image
 from sequencer2d.files import write_atomic
 from sequencer2d.visualize.curves import Row, draw_curves, percent
 from sequencer2d.visualize.page import data_uri, definitions, folded, page, scrollable, section, table
+from sequencer2d.visualize.samples import Sample
 
 MAX_TABLE_CLASSES = 20  # confusion as a table of numbers; a heat map above
 MAX_HEAT_MAP_SIDE = 250  # pixels; with more classes, neighbours share one
@@ -29,25 +29,6 @@ MAX_SKIPPED = 50
 MAX_THUMBNAIL_SIDE = 192  # pixels
 HIT_RGB, MISS_RGB = (45, 125, 210), (226, 98, 20)  # both visible on white and on near-black
 SPLIT_NAMES = {"test": "test", "val": "validation"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One image and what the model makes of it."""
-
-    image: np.ndarray
-    """uint8 `[H, W, 3]`."""
-    name: str
-    """File name or index, to find the image again."""
-    label: str
-    """Name of the true class."""
-    predictions: tuple[tuple[str, float], ...]
-    """Class names with their probabilities, best first."""
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the first prediction is the true class."""
-        return self.predictions[0][0] == self.label
 
 
 def write_report(
