@@ -24,7 +24,6 @@ MAX_TABLE_CLASSES = 20  # confusion as a table of numbers; a heat map above
 MAX_HEAT_MAP_SIDE = 250  # pixels; with more classes, neighbours share one
 MAX_PAIRS = 12
 MAX_CLASS_ROWS = 40
-MAX_SAMPLES = 24
 MAX_SKIPPED = 50
 MAX_THUMBNAIL_SIDE = 192  # pixels
 HIT_RGB, MISS_RGB = (45, 125, 210), (226, 98, 20)  # both visible on white and on near-black
@@ -53,7 +52,7 @@ def write_report(
         evaluation: of the final model: `split` ("test" or "val"), `num_images`, `top1`, `top5` (or None), `loss`,
             `ece`, `class_names`, `confusion` (rows are true classes, columns predictions) and `per_class`, a list of
             `name`, `num_images`, `recall`, `precision`. Shares lie in 0..1; None where there is no image.
-        samples: candidates for the grid of images; at most `MAX_SAMPLES` are shown, up to half of them wrong ones.
+        samples: the grid of images, in order; `samples.draw_samples` chooses them.
         skipped: files that could not be read.
         config: the resolved configuration as text.
         environment: versions and hardware.
@@ -194,16 +193,13 @@ def _share(share: float | None) -> float:
 
 
 def samples_section(samples: Sequence[Sample]) -> str:
-    """A grid of images with their predictions: wrong ones first, at most half of them if there are right ones."""
+    """A grid of images with their predictions."""
     if not samples:
         return section("Sample predictions", '<p class="empty">No samples were kept.</p>')
-    right = [sample for sample in samples if sample.is_right]
-    wrong = [sample for sample in samples if not sample.is_right]
-    num_wrong = min(len(wrong), max(MAX_SAMPLES // 2, MAX_SAMPLES - len(right)))
-    wrong, right = wrong[:num_wrong], right[: MAX_SAMPLES - num_wrong]
-    items = "\n".join(sample_item(sample) for sample in wrong + right)
+    items = "\n".join(sample_item(sample) for sample in samples)
+    num_right = sum(sample.is_right for sample in samples)
     note = (
-        f"{len(wrong)} wrong and {len(right)} right, chosen to show both: not the proportion of the whole. "
+        f"{len(samples) - num_right} wrong and {num_right} right, chosen to show both: not the proportion of the whole. "
         "Above is the true class, below it the three most probable ones."
     )
     return section("Sample predictions", f'<p class="note">{note}</p>\n<ul class="samples">\n{items}\n</ul>')
