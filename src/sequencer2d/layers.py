@@ -208,7 +208,7 @@ def set_backend(model: nn.Module, backend: str) -> None:
     """
     native.check_backend(backend)
     for module in model.modules():
-        if isinstance(module, BiLSTM2D | VerticalBiLSTM | HorizontalBiLSTM | BiLSTM1D | Sequencer2DBlock):
+        if isinstance(module, _WITH_KERNELS):
             module.backend = backend
 
 
@@ -314,7 +314,7 @@ class ConvPatchEmbed(nn.Module):
         for before, after, depth in zip((in_chans, *widths), widths, depths, strict=False):
             convolution, *others = _convolution(before, after)
             residuals = [ResidualConvolution(after) for _ in range(depth - 1)]
-            self.steps.append(nn.Sequential(convolution, nn.MaxPool2d(2), *others, *residuals))
+            self.steps.append(nn.Sequential(convolution, MaxPool2x2(2), *others, *residuals))
         lacking = widths[-1] != embed_dim
         self.proj = nn.Sequential(*_convolution(widths[-1], embed_dim)) if lacking else nn.Identity()
 
@@ -337,7 +337,33 @@ class ResidualConvolution(nn.Module):
 
 
 def _convolution(before: int, after: int) -> list[nn.Module]:
-    return [nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+    return [Conv3x3(before, after, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
+
+
+class Conv3x3(nn.Conv2d):
+    """`nn.Conv2d` by a kernel of ours where it is trained on a CPU in bf16."""
+
+    backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, K, H, W]`."""
+        return native.convolution(self, x, self.backend)
+
+
+class MaxPool2x2(nn.MaxPool2d):
+    """`nn.MaxPool2d` by a kernel of ours where gradients go through it on a CPU in bf16."""
+
+    backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, C, H/2, W/2]`."""
+        return native.max_pool(self, x, self.backend)
+
+
+_WITH_KERNELS = (
+    BiLSTM2D, VerticalBiLSTM, HorizontalBiLSTM, BiLSTM1D, Sequencer2DBlock, Conv3x3, MaxPool2x2,
+)  # fmt: skip
+"""Layers that have a backend."""
 
 
 class Downsample2D(nn.Module):

@@ -132,6 +132,99 @@ static void block_kernels(void* library, int kernel, const char* name) {
             }
 }
 
+// Convolutions of 3×3, their gradients, and pooling, against loops over their definitions.
+static void convolution_kernels(void* library, int kernel, const char* name) {
+    auto* pack = symbol<int(int, const Convolution*, int, const float*, void*)>(library, "sequencer2d_pack_convolution");
+    auto* convolve = symbol<int(int, const Convolution*, const void*, const void*, void*)>(library, "sequencer2d_convolve");
+    auto* gradient =
+        symbol<int(int, const Convolution*, const void*, const void*, float*)>(library, "sequencer2d_convolution_gradient");
+    auto* pool = symbol<int(int, const Pooling*, const void*, void*, uint8_t*)>(library, "sequencer2d_pool");
+    auto* pool_gradient =
+        symbol<int(int, const Pooling*, const void*, const uint8_t*, void*)>(library, "sequencer2d_pool_gradient");
+    const int64_t shapes[][5] = {// images, rows, columns, channels in and out
+                                 {0, 2, 2, 64, 64}, {1, 1, 1, 64, 64},   {1, 2, 3, 64, 128},
+                                 {3, 5, 4, 128, 64}, {2, 8, 14, 192, 64}, {1, 46, 46, 256, 64}};
+    for (const auto& s : shapes)
+        for (const int threads : {1, 3}) {
+            const int64_t B = s[0], H = s[1], W = s[2], C = s[3], K = s[4];
+            const Convolution problem{B, H, W, C, K, threads}, back{B, H, W, K, C, threads};
+            Memory x(kBFloat16, B * H * W * C), y(kBFloat16, B * H * W * K), grad_y(kBFloat16, B * H * W * K);
+            Memory grad_x(kBFloat16, B * H * W * C), weight(kFloat32, K * C * 9), transformed(kFloat32, 16 * K * C);
+            Memory packed(kBFloat16, 16 * K * C), packed_back(kBFloat16, 16 * K * C);
+            x.fill(1, 1), grad_y.fill(1, 2), weight.fill(0.1f, 3);
+            const auto* w = reinterpret_cast<const float*>(weight.bytes.data());
+            int status = pack(kernel, &problem, 0, w, packed.bytes.data());
+            if (status == kNoSuchKernel) return; // kernels that have none say so
+            status |= pack(kernel, &problem, 1, w, packed_back.bytes.data());
+            status |= convolve(kernel, &problem, packed.bytes.data(), x.bytes.data(), y.bytes.data());
+            status |= convolve(kernel, &back, packed_back.bytes.data(), grad_y.bytes.data(), grad_x.bytes.data());
+            status |= gradient(kernel, &problem, x.bytes.data(), grad_y.bytes.data(),
+                               reinterpret_cast<float*>(transformed.bytes.data()));
+            if (status) std::printf("convolution of %s: status %d\n", name, status), ++failures;
+            double error[3] = {}, size[3] = {};
+            const auto count = [&](int what, double ours, double truth) {
+                error[what] += (ours - truth) * (ours - truth), size[what] += truth * truth;
+            };
+            // sum over the neighbours of pixels of an image: from(neighbour, tap)
+            const auto around = [&](int64_t pixel, const auto& from) {
+                const int64_t row = pixel / W % H, column = pixel % W;
+                for (int tap = 0; tap < 9; ++tap) {
+                    const int64_t i = row + tap / 3 - 1, j = column + tap % 3 - 1;
+                    if (i >= 0 && i < H && j >= 0 && j < W) from(pixel + (tap / 3 - 1) * W + tap % 3 - 1, tap);
+                }
+            };
+            for (int64_t pixel = 0; pixel < B * H * W; pixel += 1 + B * H * W / 40) { // some of them, of some channels
+                for (int64_t k = pixel % 5; k < K; k += 17) {
+                    double sum = 0;
+                    around(pixel, [&](int64_t other, int tap) {
+                        for (int64_t c = 0; c < C; ++c) sum += x.get(size_t(other * C + c)) * w[(k * C + c) * 9 + tap];
+                    });
+                    count(0, y.get(size_t(pixel * K + k)), sum);
+                }
+                for (int64_t c = pixel % 5; c < C; c += 17) {
+                    double sum = 0;
+                    around(pixel, [&](int64_t other, int tap) {
+                        for (int64_t k = 0; k < K; ++k)
+                            sum += grad_y.get(size_t(other * K + k)) * w[(k * C + c) * 9 + 8 - tap];
+                    });
+                    count(1, grad_x.get(size_t(pixel * C + c)), sum);
+                }
+            }
+            const double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+            for (int64_t pair = 3; pair < K * C; pair += 1 + K * C / 50)
+                for (const int tap : {0, 4, 5}) {
+                    double ours = 0, truth = 0;
+                    for (int plane = 0; plane < 16; ++plane)
+                        ours += G[plane / 4][tap / 3] * G[plane % 4][tap % 3] * transformed.get(size_t(plane * K * C + pair));
+                    for (int64_t pixel = 0; pixel < B * H * W; ++pixel)
+                        around(pixel, [&](int64_t other, int of) {
+                            if (of == tap)
+                                truth += grad_y.get(size_t(pixel * K + pair / C)) * x.get(size_t(other * C + pair % C));
+                        });
+                    count(2, ours, truth);
+                }
+            const char* const what[] = {"convolution", "its gradient of x", "its gradient of weights"};
+            for (int i = 0; i < 3; ++i)
+                if (!(std::sqrt(error[i]) <= 0.01 * std::sqrt(size[i])))
+                    std::printf("%s of %s: error %g of %g\n", what[i], name, std::sqrt(error[i]), std::sqrt(size[i])), ++failures;
+            if (H % 2 || W % 2) continue;
+            const Pooling pooling{B, H, W, C, threads};
+            Memory pooled(kBFloat16, B * H * W / 4 * C), spread(kBFloat16, B * H * W * C);
+            std::vector<uint8_t> chosen(size_t(B * H * W / 4 * C));
+            status = pool(kernel, &pooling, x.bytes.data(), pooled.bytes.data(), chosen.data());
+            status |= pool_gradient(kernel, &pooling, pooled.bytes.data(), chosen.data(), spread.bytes.data());
+            if (status) std::printf("pooling of %s: status %d\n", name, status), ++failures;
+            for (int64_t pixel = 0; pixel < B * H * W; ++pixel) // what was chosen is the largest, and all else is 0
+                for (int64_t c = 0; c < C; ++c) {
+                    const int64_t small = pixel / W / 2 * (W / 2) + pixel % W / 2;
+                    const float largest = pooled.get(size_t(small * C + c)), back_there = spread.get(size_t(pixel * C + c));
+                    const float here = x.get(size_t(pixel * C + c));
+                    if (here > largest || (back_there != 0 && (back_there != largest || here != largest)))
+                        return void((std::printf("pooling of %s: %g of %g\n", name, back_there, largest), ++failures));
+                }
+        }
+}
+
 using Bytes = std::vector<int8_t>;
 using Floats = std::vector<float>;
 
@@ -268,7 +361,8 @@ int main(int, char** arguments) {
                 }
     check_int8(library, name, runs_here);
     for (int k = 0; name(k); ++k)
-        if (runs_here(k)) block_kernels(library, k, name(k)), std::printf("%s ", name(k));
+        if (runs_here(k))
+            block_kernels(library, k, name(k)), convolution_kernels(library, k, name(k)), std::printf("%s ", name(k));
     std::printf("%s\n", failures ? "differ" : "as they should be");
     return failures != 0;
 }

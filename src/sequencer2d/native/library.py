@@ -20,7 +20,10 @@ WEIGHT_GRADIENTS = ("avx512_bf16",)
 FP32_PROJECTIONS = ("avx512", "avx512_bf16")
 """Kernels that project fp32 tokens faster than libraries do, because they need not store them; in bf16 all do."""
 
-_ABI = 6
+CONVOLUTIONS = ("avx512_bf16",)
+"""Kernels that have 3×3 convolutions and pooling, in bf16."""
+
+_ABI = 7
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -75,6 +78,20 @@ class _WeightGradient(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "groups", "own_inputs")),
         *((name, ctypes.c_int64) for name in ("grad_stride", "x_stride")),
         *((name, ctypes.c_void_p) for name in ("grad", "x", "own", "weight", "own_weight", "bias")),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "inputs", "outputs")),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class _Pooling(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
         ("threads", ctypes.c_int32),
     ]
 
@@ -204,6 +221,46 @@ class Kernel:
         tensors = _WeightGradient(*sizes, *pointers, torch.get_num_threads())
         check_status(self.library.sequencer2d_weight_gradient(self.number, ctypes.byref(tensors)))
 
+    def convolve(self, weight: Tensor, x: Tensor, y: Tensor, *, backward: bool = False) -> None:
+        """Fills `y` `[B, K, H, W]` from `x` `[B, C, H, W]` by `weight` `[K, C, 3, 3]`, contiguous and fp32.
+
+        Backward, from the gradient of `y` that of `x`: K and C change places. Images are bf16 and channels-last.
+        Like the following, only of kernels named in `CONVOLUTIONS`.
+        """
+        batch, inputs, height, width = x.shape
+        outputs = y.shape[1]
+        sizes, threads = (batch, height, width), torch.get_num_threads()
+        packed = torch.empty(16 * inputs * outputs, dtype=torch.bfloat16, device="cpu")
+        of_weight = _Convolution(*sizes, *((outputs, inputs) if backward else (inputs, outputs)), threads)
+        pointers = map(_pointer, (weight, packed))
+        arguments = (ctypes.byref(of_weight), int(backward), *pointers)
+        check_status(self.library.sequencer2d_pack_convolution(self.number, *arguments))
+        problem = _Convolution(*sizes, inputs, outputs, threads)
+        arguments = (ctypes.byref(problem), *map(_pointer, (packed, x, y)))
+        check_status(self.library.sequencer2d_convolve(self.number, *arguments))
+
+    def convolution_gradient(self, x: Tensor, grad: Tensor, weight: Tensor) -> None:
+        """Fills `weight` `[16, K, C]` (fp32) with the gradient of the transformed weights."""
+        batch, inputs, height, width = x.shape
+        problem = _Convolution(batch, height, width, inputs, grad.shape[1], torch.get_num_threads())
+        pointers = map(_pointer, (x, grad, weight))
+        check_status(self.library.sequencer2d_convolution_gradient(self.number, ctypes.byref(problem), *pointers))
+
+    def pool(self, x: Tensor, y: Tensor, chosen: Tensor) -> None:
+        """Fills `y` and `chosen` (uint8), both `[B, C, H/2, W/2]`, from `[B, C, H, W]`, all channels-last."""
+        pointers = map(_pointer, (x, y, chosen))
+        check_status(self.library.sequencer2d_pool(self.number, ctypes.byref(_pooling(x)), *pointers))
+
+    def pool_gradient(self, grad_y: Tensor, chosen: Tensor, grad_x: Tensor) -> None:
+        """Fills `grad_x` from the gradient of `y` and what `pool` chose."""
+        pointers = map(_pointer, (grad_y, chosen, grad_x))
+        check_status(self.library.sequencer2d_pool_gradient(self.number, ctypes.byref(_pooling(grad_x)), *pointers))
+
+
+def _pooling(x: Tensor) -> _Pooling:
+    batch, channels, height, width = x.shape
+    return _Pooling(batch, height, width, channels, torch.get_num_threads())
+
 
 def _problem(shape: Shape, dtype: torch.dtype) -> _Problem:
     sizes = (shape.batch, shape.height, shape.width, shape.hidden, shape.channels, shape.vertical, shape.horizontal)
@@ -251,6 +308,9 @@ def kernels() -> dict[str, Kernel]:
     integer, address = ctypes.c_int, ctypes.c_void_p
     library.sequencer2d_gelu.argtypes = [integer, integer, integer, ctypes.c_int64, *4 * [address]]
     library.sequencer2d_pack.argtypes = [integer, address, integer, *3 * [address]]
+    library.sequencer2d_pack_convolution.argtypes = [integer, address, integer, *2 * [address]]
+    for name in ("convolve", "convolution_gradient", "pool", "pool_gradient"):
+        getattr(library, f"sequencer2d_{name}").argtypes = [integer, *4 * [address]]
     found, number = {}, 0
     while name := library.sequencer2d_kernel_name(number):
         if library.sequencer2d_kernel_runs_here(number):

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 6 // one more with every change of this file
+#define SEQUENCER2D_ABI 7 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -130,6 +130,20 @@ struct WeightGradient {
     int32_t threads;               // at most so many
 };
 
+// Of 3×3 weights, stride 1 and padding 1, without bias; images are channels-last.
+struct Convolution {
+    int64_t batch, height, width;
+    int64_t inputs, outputs; // channels, multiples of 64
+    int32_t threads;         // at most so many
+};
+
+// The largest of 2×2 pixels; images are channels-last.
+struct Pooling {
+    int64_t batch, height, width; // of the larger image, even
+    int64_t channels;             // a multiple of 16
+    int32_t threads;              // at most so many
+};
+
 // One instruction set's implementation.
 struct Kernel {
     const char* name;
@@ -147,5 +161,13 @@ struct Kernel {
     void (*pack_int8)(int64_t inputs, int64_t outputs, const int8_t* weights, int8_t* packed); // [outputs, inputs]
     int (*project)(const Int8Project&);
     int (*finish)(const Int8Finish&);
-    int (*weight_gradient)(const WeightGradient&); // null where a library does it better
+    int (*weight_gradient)(const WeightGradient&); // null where a library does it better, as the following are
+    // weight: [outputs, inputs, 3, 3]; packed: 16 * inputs * outputs values of bfloat16, for `convolve`, where `backward`
+    // with the gradient of y in the place of x, and inputs and outputs exchanged
+    void (*pack_convolution)(const Convolution&, bool backward, const float* weight, void* packed);
+    int (*convolve)(const Convolution&, const void* packed, const void* x, void* y); // bfloat16
+    // weight: [16, outputs, inputs], out: the gradient of the transformed weights; x and grad are bfloat16
+    int (*convolution_gradient)(const Convolution&, const void* x, const void* grad, float* weight);
+    void (*pool)(const Pooling&, const void* x, void* y, uint8_t* chosen); // bfloat16; chosen, out: which pixel, 0 to 3
+    void (*pool_gradient)(const Pooling&, const void* grad_y, const uint8_t* chosen, void* grad_x);
 };

@@ -116,3 +116,34 @@ EXPORT int sequencer2d_weight_gradient(int kernel, const WeightGradient* tensors
     if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->weight_gradient) return kNoSuchKernel;
     return kernels[kernel]->weight_gradient(*tensors);
 }
+
+EXPORT int sequencer2d_pack_convolution(int kernel, const Convolution* problem, int backward, const float* weight,
+                                        void* packed) {
+    if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->pack_convolution) return kNoSuchKernel;
+    kernels[kernel]->pack_convolution(*problem, backward, weight, packed);
+    return kDone;
+}
+
+EXPORT int sequencer2d_convolve(int kernel, const Convolution* problem, const void* packed, const void* x, void* y) {
+    if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->convolve) return kNoSuchKernel;
+    return kernels[kernel]->convolve(*problem, packed, x, y);
+}
+
+EXPORT int sequencer2d_convolution_gradient(int kernel, const Convolution* problem, const void* x, const void* grad,
+                                            float* weight) {
+    if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->convolution_gradient) return kNoSuchKernel;
+    return kernels[kernel]->convolution_gradient(*problem, x, grad, weight);
+}
+
+EXPORT int sequencer2d_pool(int kernel, const Pooling* problem, const void* x, void* y, uint8_t* chosen) {
+    if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->pool) return kNoSuchKernel;
+    kernels[kernel]->pool(*problem, x, y, chosen);
+    return kDone;
+}
+
+EXPORT int sequencer2d_pool_gradient(int kernel, const Pooling* problem, const void* grad_y, const uint8_t* chosen,
+                                     void* grad_x) {
+    if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->pool_gradient) return kNoSuchKernel;
+    kernels[kernel]->pool_gradient(*problem, grad_y, chosen, grad_x);
+    return kDone;
+}

@@ -8,7 +8,8 @@
 #include "int8.h"
 #include "norm.h"
 #ifdef __AVX512BF16__
-#include "weight_gradient.h"
+#include "pooling.h"
+#include "winograd.h"
 #endif
 
 namespace {
@@ -84,7 +85,17 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
         finish,
 #ifdef __AVX512BF16__
         weight_gradient,
+        pack_convolution,
+        convolve,
+        convolution_gradient,
+        pool,
+        pool_gradient,
 #else
+        nullptr,
+        nullptr,
+        nullptr,
+        nullptr,
+        nullptr,
         nullptr,
 #endif
     };

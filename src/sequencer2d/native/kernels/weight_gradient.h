@@ -13,6 +13,7 @@ namespace {
 constexpr int kPairs = 128;                // of tokens in a block
 constexpr int kGradRows = 6;               // outputs × vectors of inputs that stay in registers
 constexpr int kGradColumns = 4;            //
+constexpr int64_t kPanel = kGradColumns * Vec::lanes;
 constexpr int kBlockOutputs = 96;          // that are multiplied at a time; a multiple of kGradRows
 constexpr int64_t kPartTokens = 2048;      // at least, of a part
 constexpr int64_t kMostParts = 8;          //
@@ -24,6 +25,31 @@ inline __m512i interleave(const bfloat16* row, int64_t stride, bool second, int 
     if (!second) return low;
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), row + stride));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// out[o, c] += rows[., o]^T columns[., c], over pairs of neighbours, for up to `Rows` outputs.
+template <int Columns, int Rows>
+inline void add_products(float* out, int64_t stride, int64_t count, int pairs, const int32_t* columns,
+                         const int32_t* rows, int64_t row_stride) {
+    if constexpr (Rows > 1) {
+        if (count < Rows)
+            return add_products<Columns, Rows - 1>(out, stride, count, pairs, columns, rows, row_stride);
+    }
+    Vec sum[Rows][Columns];
+    UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = load(out + r * stride + j * Vec::lanes, Vec::lanes);
+    }
+    for (int pair = 0; pair < pairs; ++pair, columns += kPanel, rows += row_stride) {
+        __m512bh w[Columns];
+        UNROLL for (int j = 0; j < Columns; ++j) w[j] = (__m512bh)_mm512_load_si512(columns + j * Vec::lanes);
+        UNROLL for (int r = 0; r < Rows; ++r) {
+            const __m512bh g = (__m512bh)_mm512_set1_epi32(rows[r]);
+            UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = BFloat16Dot::multiply_add(w[j], g, sum[r][j]);
+        }
+    }
+    UNROLL for (int r = 0; r < Rows; ++r) {
+        UNROLL for (int j = 0; j < Columns; ++j) store(out + r * stride + j * Vec::lanes, sum[r][j], Vec::lanes);
+    }
 }
 
 class WeightGradients {
@@ -76,8 +102,6 @@ class WeightGradients {
     char* memory = nullptr;
     float* sums = nullptr;      // [part, outputs, width]
     float* bias_sums = nullptr; // [part, outputs]
-
-    static constexpr int64_t kPanel = kGradColumns * Vec::lanes;
 
     // A block of tokens, in pairs.
     struct Packed {
@@ -165,29 +189,8 @@ class WeightGradients {
         }
         const int32_t* columns = packed.columns + c * kPairs;
         for (int o = 0; o < outputs; o += kGradRows)
-            multiply_rows<Columns, kGradRows>(out + o * width + c, outputs - o, pairs, columns, packed.rows + o);
-    }
-
-    template <int Columns, int Rows>
-    void multiply_rows(float* out, int count, int pairs, const int32_t* columns, const int32_t* rows) const {
-        if constexpr (Rows > 1) {
-            if (count < Rows) return multiply_rows<Columns, Rows - 1>(out, count, pairs, columns, rows);
-        }
-        Vec sum[Rows][Columns];
-        UNROLL for (int r = 0; r < Rows; ++r) {
-            UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = load(out + r * width + j * Vec::lanes, Vec::lanes);
-        }
-        for (int pair = 0; pair < pairs; ++pair, columns += kPanel, rows += kBlockOutputs) {
-            __m512bh w[Columns];
-            UNROLL for (int j = 0; j < Columns; ++j) w[j] = (__m512bh)_mm512_load_si512(columns + j * Vec::lanes);
-            UNROLL for (int r = 0; r < Rows; ++r) {
-                const __m512bh g = (__m512bh)_mm512_set1_epi32(rows[r]);
-                UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = BFloat16Dot::multiply_add(w[j], g, sum[r][j]);
-            }
-        }
-        UNROLL for (int r = 0; r < Rows; ++r) {
-            UNROLL for (int j = 0; j < Columns; ++j) store(out + r * width + j * Vec::lanes, sum[r][j], Vec::lanes);
-        }
+            add_products<Columns, kGradRows>(out + o * width + c, width, outputs - o, pairs, columns, packed.rows + o,
+                                             kBlockOutputs);
     }
 
     void add_parts(int64_t block) const {

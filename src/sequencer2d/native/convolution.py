@@ -1,0 +1,119 @@
+"""The convolutional stem's 3×3 convolutions and pooling, where they are trained in bf16; others get PyTorch's.
+
+Convolutions by Winograd's algorithm F(2×2, 3×3) (Lavin & Gray 2016, arXiv 1509.09308), which takes 4 multiplications
+where the definition has 9. Its transforms are rounded to bf16, so results differ from PyTorch's by roundings.
+
+Shapes: images `[B, C, H, W]`, channels-last in memory, of `C` channels in and `K` out.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sequencer2d.native.choice import computing_dtype, is_plain, ready
+from sequencer2d.native.library import CONVOLUTIONS, kernel
+
+CHANNELS = 64
+"""Channels of a convolution are a multiple of it for the kernel."""
+
+
+def convolution(module: nn.Conv2d, x: Tensor, backend: str) -> Tensor:
+    """What `module` makes of `[B, C, H, W]`."""
+    if not (
+        _trains_here(backend, x, module.weight)
+        and module.kernel_size == (3, 3)
+        and module.stride == module.padding == module.dilation == (1, 1)
+        and module.groups == 1
+        and module.bias is None
+        and module.padding_mode == "zeros"
+        and module.in_channels % CHANNELS == module.out_channels % CHANNELS == 0
+    ):
+        return nn.Conv2d.forward(module, x)
+    return _Convolution.apply(x.to(torch.bfloat16), module.weight)  # type: ignore[return-value]
+
+
+def max_pool(module: nn.MaxPool2d, x: Tensor, backend: str) -> Tensor:
+    """What `module` makes of `[B, C, H, W]`."""
+    if not (
+        _trains_here(backend, x)
+        and x.dtype == torch.bfloat16
+        and (module.kernel_size, module.stride, module.padding, module.dilation) == (2, 2, 0, 1)
+        and not (module.return_indices or x.shape[1] % 16 or x.shape[2] % 2 or x.shape[3] % 2)
+    ):
+        return nn.MaxPool2d.forward(module, x)
+    return _MaxPool.apply(x)  # type: ignore[return-value]
+
+
+def _trains_here(backend: str, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether a gradient is wanted, in bf16, of images that lie as the kernels take them."""
+    return (
+        torch.is_grad_enabled()
+        and ready(backend)
+        and kernel().name in CONVOLUTIONS
+        and is_plain(x, *parameters)
+        and any(tensor.requires_grad for tensor in (x, *parameters))
+        and computing_dtype(x) == torch.bfloat16
+        and x.dim() == 4
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        y = _image(x, len(weight))
+        kernel().convolve(weight.float().contiguous(), x, y)
+        ctx.save_for_backward(x, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _image(x, x.shape[1])
+            kernel().convolve(weight.float().contiguous(), grad, grad_x, backward=True)
+        if ctx.needs_input_grad[1]:
+            transformed = torch.empty(16, *weight.shape[:2], dtype=torch.float32)
+            kernel().convolution_gradient(x, grad, transformed)
+            taps = (_weight_transform().t() @ transformed.flatten(1)).view(3, 3, *weight.shape[:2])
+            grad_weight = taps.permute(2, 3, 0, 1).to(weight.dtype).contiguous()
+        return grad_x, grad_weight
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        y = _image(x, x.shape[1], halved=True)
+        chosen = torch.empty_like(y, dtype=torch.uint8)
+        kernel().pool(x, y, chosen)
+        ctx.save_for_backward(chosen)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (chosen,) = ctx.saved_tensors
+        B, C, H, W = chosen.shape
+        grad_x = torch.empty(B, C, 2 * H, 2 * W, dtype=grad.dtype, memory_format=torch.channels_last)
+        kernel().pool_gradient(grad.contiguous(memory_format=torch.channels_last), chosen, grad_x)
+        return grad_x
+
+
+def _image(x: Tensor, channels: int, halved: bool = False) -> Tensor:
+    B, _, H, W = x.shape
+    size = (B, channels, H // 2, W // 2) if halved else (B, channels, H, W)
+    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+
+
+@cache
+def _weight_transform() -> Tensor:
+    """`[16, 9]`: from 3×3 weights to the 4×4 of the algorithm, G ⊗ G."""
+    G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    return torch.kron(G, G)
