@@ -377,7 +377,7 @@ class ConvolutionGradient {
     }
 
     void multiply(int64_t item) const {
-        const int64_t plane = item % kPlanes, panel = item / kPlanes;
+        const int64_t panels = outputs / kPanel, plane = item / panels, panel = item % panels; // neighbours share columns
         const int32_t* of_rows = rows + plane * row_plane + panel * kPanel * (chunk / 2);
         float* out = weight + (plane * outputs + panel * kPanel) * inputs;
         for (int64_t c = 0; c < inputs; c += kPanel) {
