@@ -28,10 +28,10 @@ def drawn(num_right: int, num_wrong: int, seed: int = 0) -> list[Sample]:
 @pytest.mark.parametrize(
     ("num_right", "num_wrong", "shown_right", "shown_wrong"),
     [
-        (60, 60, 12, 12), (50, 50, 12, 12), (60, 5, 19, 5), (50, 3, 21, 3), (5, 60, 5, 19), (5, 50, 5, 19), (3, 2, 3, 2),
-        (0, 40, 0, 24), (0, 50, 0, 24), (40, 0, 24, 0), (0, 0, 0, 0),
-    ],  # fmt: skip
-)
+        (60, 60, 12, 12), (50, 50, 12, 12), (60, 5, 19, 5), (50, 3, 21, 3), (5, 60, 5, 19), (5, 50, 5, 19),
+        (3, 2, 3, 2), (0, 40, 0, 24), (0, 50, 0, 24), (40, 0, 24, 0), (0, 0, 0, 0),
+    ],
+)  # fmt: skip
 def test_wrong_answers_come_first(num_right: int, num_wrong: int, shown_right: int, shown_wrong: int) -> None:
     samples = drawn(num_right, num_wrong)
     assert len(samples) <= NUM_SAMPLES

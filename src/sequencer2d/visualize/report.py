@@ -197,9 +197,9 @@ def samples_section(samples: Sequence[Sample]) -> str:
     if not samples:
         return section("Sample predictions", '<p class="empty">No samples were kept.</p>')
     items = "\n".join(sample_item(sample) for sample in samples)
-    num_right = sum(sample.is_right for sample in samples)
+    right = sum(sample.is_right for sample in samples)
     note = (
-        f"{len(samples) - num_right} wrong and {num_right} right, chosen to show both: not the proportion of the whole. "
+        f"{len(samples) - right} wrong and {right} right, chosen to show both: not the proportion of the whole. "
         "Above is the true class, below it the three most probable ones."
     )
     return section("Sample predictions", f'<p class="note">{note}</p>\n<ul class="samples">\n{items}\n</ul>')
