@@ -186,7 +186,7 @@ def main() -> None:
         "",
         "By `python docs/make_profile.py`, in milliseconds: the median of the step, and PyTorch's profiler.",
         "The *arithmetic limit* is all multiply-accumulates at the rate of one 2048³ product in that precision.",
-        "Convolutions in training in bf16 do four ninths of theirs (Winograd's algorithm), so a step may stay below it.",
+        "Convolutions trained in bf16 do four ninths of theirs (Winograd's algorithm), so a step may stay below it.",
         "The rest is Python, autograd, pooling, batch norms, and what the profiler and the clock see differently.",
         "",
         f"| {' | '.join(head)} |",

@@ -14,7 +14,7 @@ from torch import nn
 
 import sequencer2d.registry  # noqa: F401 - our variants are known to timm then
 from sequencer2d.adapters import ModelFileError
-from sequencer2d.layers import ConvPatchEmbed
+from sequencer2d.layers import Conv3x3, ConvPatchEmbed
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import ConvStem, Peer, PeerConfig, usual_input
 from sequencer2d.preprocessing import Preprocessing
@@ -61,6 +61,13 @@ def test_it_computes_what_timm_computes(name: str) -> None:
     image = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(peer(image), theirs(image), rtol=1e-4, atol=1e-5)
     assert peer.fixed_size == (name == "test_vit")
+
+
+def test_convolutions_are_trained_by_our_kernel() -> None:
+    peer = Peer(config("test_resnet"))
+    kernels = [module for module in peer.modules() if isinstance(module, nn.Conv2d)]
+    assert {type(kernel) for kernel in kernels if kernel.kernel_size == (3, 3)} == {Conv3x3}
+    assert {type(kernel) for kernel in kernels if kernel.kernel_size == (1, 1)} == {nn.Conv2d}
 
 
 def test_convolutions_lie_channels_last() -> None:

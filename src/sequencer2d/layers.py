@@ -347,7 +347,10 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, K, H, W]`."""
-        return native.convolution(self, x, self.backend)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.convolves(self.backend, x, self):
+                return native.convolution(x, self.weight)
+        return self._conv_forward(x, self.weight, self.bias)
 
 
 class MaxPool2x2(nn.MaxPool2d):
@@ -357,7 +360,10 @@ class MaxPool2x2(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H/2, W/2]`."""
-        return native.max_pool(self, x, self.backend)
+        if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
+            if native.pools(self.backend, x, self):
+                return native.max_pool(x)
+        return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
 _WITH_KERNELS = (

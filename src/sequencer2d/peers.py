@@ -117,7 +117,7 @@ class Peer(nn.Module):
         self.module, takes_size = _create(config)
         self.to(memory_format=torch.channels_last)
         for module in self.modules():
-            if type(module) is nn.Conv2d:
+            if type(module) is nn.Conv2d and module.kernel_size == (3, 3):
                 module.__class__ = Conv3x3
         if not torch.cuda.is_available():
             for module in self.modules():

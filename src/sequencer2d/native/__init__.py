@@ -2,16 +2,16 @@
 
 Where the package was installed without them, or a tensor is none of theirs, PyTorch's `nn.LSTM` computes the same.
 Modules: `library` finds the kernels, `op` makes them an operation of PyTorch, `weights` brings parameters into the
-order that they want, `layer` and `block` are what the model calls, `inference` for a block at once, `convolution` for
-the stem, `matmul` its products, `int8` the quantised model's layers, `choice` decides when; `kernels/` is the C++.
+order that they want, `layer` and `block` are what the model calls, `inference` for a block at once, `stem` for
+what stands before the blocks, `matmul` its products, `int8` the quantised model's layers, `choice` decides when; `kernels/` is the C++.
 """
 
 from sequencer2d.native.block import linear, mlp, residual_norm
 from sequencer2d.native.choice import Backend, backends, check_backend, serves
-from sequencer2d.native.convolution import convolution, max_pool
 from sequencer2d.native.inference import infer_block
 from sequencer2d.native.layer import bilstm2d
 from sequencer2d.native.library import available
+from sequencer2d.native.stem import convolution, convolves, max_pool, pools
 
 __all__ = [
     "Backend",
@@ -20,10 +20,12 @@ __all__ = [
     "bilstm2d",
     "check_backend",
     "convolution",
+    "convolves",
     "infer_block",
     "linear",
     "max_pool",
     "mlp",
+    "pools",
     "residual_norm",
     "serves",
 ]

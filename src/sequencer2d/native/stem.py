@@ -19,10 +19,13 @@ from sequencer2d.native.library import CONVOLUTIONS, kernel
 CHANNELS = 64
 """Channels of a convolution are a multiple of it for the kernel."""
 
+LEAST_PIXELS = 2048
+"""Of a batch: for fewer, transforming the weights takes longer than multiplying less saves."""
 
-def convolution(module: nn.Conv2d, x: Tensor, backend: str) -> Tensor:
-    """What `module` makes of `[B, C, H, W]`."""
-    if not (
+
+def convolves(backend: str, x: Tensor, module: nn.Conv2d) -> bool:
+    """Whether the kernel convolves these images by `module`; else it is for PyTorch."""
+    return (
         _trains_here(backend, x, module.weight)
         and module.kernel_size == (3, 3)
         and module.stride == module.padding == module.dilation == (1, 1)
@@ -30,20 +33,27 @@ def convolution(module: nn.Conv2d, x: Tensor, backend: str) -> Tensor:
         and module.bias is None
         and module.padding_mode == "zeros"
         and module.in_channels % CHANNELS == module.out_channels % CHANNELS == 0
-    ):
-        return nn.Conv2d.forward(module, x)
-    return _Convolution.apply(x.to(torch.bfloat16), module.weight)  # type: ignore[return-value]
+        and x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
+    )
 
 
-def max_pool(module: nn.MaxPool2d, x: Tensor, backend: str) -> Tensor:
-    """What `module` makes of `[B, C, H, W]`."""
-    if not (
+def convolution(x: Tensor, weight: Tensor) -> Tensor:
+    """`[B, C, H, W]` by weights `[K, C, 3, 3]`, with a pixel of zeros around: `[B, K, H, W]`."""
+    return _Convolution.apply(x.to(torch.bfloat16), weight)  # type: ignore[return-value]
+
+
+def pools(backend: str, x: Tensor, module: nn.MaxPool2d) -> bool:
+    """Whether the kernel pools these images as `module` says; else it is for PyTorch."""
+    return (
         _trains_here(backend, x)
         and x.dtype == torch.bfloat16
         and (module.kernel_size, module.stride, module.padding, module.dilation) == (2, 2, 0, 1)
-        and not (module.return_indices or x.shape[1] % 16 or x.shape[2] % 2 or x.shape[3] % 2)
-    ):
-        return nn.MaxPool2d.forward(module, x)
+        and x.shape[1] % 16 == x.shape[2] % 2 == x.shape[3] % 2 == 0
+    )
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """The largest of 2×2 pixels: `[B, C, H, W]` to `[B, C, H/2, W/2]`."""
     return _MaxPool.apply(x)  # type: ignore[return-value]
 
 

@@ -9,12 +9,18 @@ from torch import Tensor, nn
 
 from sequencer2d import create_model, set_backend
 from sequencer2d.layers import Conv3x3, MaxPool2x2
-from sequencer2d.native import available
+from sequencer2d.native import available, stem
 from sequencer2d.native.library import CONVOLUTIONS, kernel
 
 pytestmark = pytest.mark.skipif(
     not available() or kernel().name not in CONVOLUTIONS, reason="no kernel for convolutions runs here"
 )
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are for the kernel, too."""
+    monkeypatch.setattr(stem, "LEAST_PIXELS", 1)
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -159,6 +165,13 @@ def test_an_odd_side_is_pooled_by_pytorch() -> None:
     y = in_autocast(MaxPool2x2(2), x)
     assert not is_ours(y)
     assert torch.equal(y, nn.functional.max_pool2d(x, 2))
+
+
+def test_few_pixels_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all images together."""
+    monkeypatch.setattr(stem, "LEAST_PIXELS", 2 * 8 * 8)
+    assert is_ours(in_autocast(conv(64, 64), image(2, 64, 8, 8)))
+    assert not is_ours(in_autocast(conv(64, 64), image(1, 64, 9, 14)))
 
 
 def test_bf16_weights_are_taken_without_autocast() -> None:
