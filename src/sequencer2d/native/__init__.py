@@ -2,8 +2,9 @@
 
 Where the package was installed without them, or a tensor is none of theirs, PyTorch's `nn.LSTM` computes the same.
 Modules: `library` finds the kernels, `op` makes them an operation of PyTorch, `weights` brings parameters into the
-order that they want, `layer` and `block` are what the model calls, `inference` for a block at once, `stem` for
-what stands before the blocks, `matmul` its products, `int8` the quantised model's layers, `choice` decides when; `kernels/` is the C++.
+order that they want, `layer` and `block` are what the model calls, `inference` for a block at once, `stem` for what
+stands before the blocks, `matmul` its products, `int8` the quantised model's layers, `choice` decides when;
+`kernels/` is the C++.
 """
 
 from sequencer2d.native.block import linear, mlp, residual_norm
