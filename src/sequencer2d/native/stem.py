@@ -19,7 +19,7 @@ from sequencer2d.native.library import CONVOLUTIONS, kernel
 CHANNELS = 64
 """Channels of a convolution are a multiple of it for the kernel."""
 
-LEAST_PIXELS = 2048
+LEAST_PIXELS = 1024
 """Of a batch: for fewer, transforming the weights takes longer than multiplying less saves."""
 
 
