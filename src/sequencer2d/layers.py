@@ -345,12 +345,12 @@ class Conv3x3(nn.Conv2d):
 
     backend = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, K, H, W]`."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
-            if native.convolves(self.backend, x, self):
-                return native.convolution(x, self.weight)
-        return self._conv_forward(x, self.weight, self.bias)
+            if native.convolves(self.backend, input, self):
+                return native.convolution(input, self.weight)
+        return self._conv_forward(input, self.weight, self.bias)
 
 
 class MaxPool2x2(nn.MaxPool2d):
@@ -358,12 +358,12 @@ class MaxPool2x2(nn.MaxPool2d):
 
     backend = "auto"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H/2, W/2]`."""
         if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles what follows an `and`
-            if native.pools(self.backend, x, self):
-                return native.max_pool(x)
-        return F.max_pool2d(x, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+            if native.pools(self.backend, input, self):
+                return native.max_pool(input)
+        return F.max_pool2d(input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
 
 
 _WITH_KERNELS = (
