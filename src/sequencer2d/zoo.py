@@ -122,6 +122,13 @@ _CONV_BASE = replace(
     stem_widths=(64, 256),
     stem_depths=(5, 4),
 )
+_CONV_LARGE = replace(
+    _CONV_BASE,
+    embed_dims=(192, 192),
+    hidden_sizes=(48, 48),
+    stem_widths=(128, 256),
+    stem_depths=(5, 4),
+)
 _CONV_PICO = SequencerConfig(
     layers=(2, 1),
     patch_sizes=(2, 2),
@@ -190,6 +197,7 @@ VARIANTS: dict[str, Variant] = {
     "sequencer2d_conv_t_patch4_64": _small(64, _CONV_TINY),
     "sequencer2d_conv_s_patch4_32": _small(32, _CONV_SMALL),
     "sequencer2d_conv_b_patch4_32": _small(32, _CONV_BASE),
+    "sequencer2d_conv_l_patch4_32": _small(32, _CONV_LARGE),
 }
 
 
