@@ -36,12 +36,16 @@ def conv(inputs: int, outputs: int, backend: str = "native", **changes: Any) -> 
     return module
 
 
+def grad_of(y: Tensor) -> Tensor:
+    """What `run` takes as the gradient of its output."""
+    return torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
+
+
 def run(module: nn.Module, x: Tensor) -> list[Tensor]:
     """The output, and the gradients of input and weights."""
     with torch.autocast("cpu", torch.bfloat16):
         y = module(x)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    return [y, *torch.autograd.grad(y, [x, *module.parameters()], grad)]
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], grad_of(y))]
 
 
 def is_ours(y: Tensor) -> bool:
@@ -68,17 +72,12 @@ def test_convolution_is_nearly_as_exact_as_by_definition(shape: tuple[int, ...],
     with torch.autocast("cpu", enabled=False):
         doubles = x.detach().double().requires_grad_()
         y = exact(doubles)
-    truth = [y, *torch.autograd.grad(y, [doubles, *exact.parameters()], run_grad(ours[0]))]
+    truth = [y, *torch.autograd.grad(y, [doubles, *exact.parameters()], grad_of(ours[0]).double())]
     for mine, theirs, true in zip(ours, torchs, truth, strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
         error, usual = ((found.double() - true).norm() / true.norm() for found in (mine, theirs))
         assert error <= 3 * usual
         assert error <= 0.006
-
-
-def run_grad(y: Tensor) -> Tensor:
-    """What `run` takes as the gradient of its output."""
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype).double()
 
 
 def test_threads_change_no_bit() -> None:

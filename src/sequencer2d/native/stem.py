@@ -75,7 +75,7 @@ def _trains_here(backend: str, x: Tensor, *parameters: Tensor) -> bool:
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
-        y = _image(x, len(weight))
+        y = _image(x, x.shape[0], len(weight), *x.shape[2:])
         kernel().convolve(weight.float().contiguous(), x, y)
         ctx.save_for_backward(x, weight)
         return y
@@ -87,7 +87,7 @@ class _Convolution(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = _image(x, x.shape[1])
+            grad_x = _image(x, *x.shape)
             kernel().convolve(weight.float().contiguous(), grad, grad_x, backward=True)
         if ctx.needs_input_grad[1]:
             transformed = torch.empty(16, *weight.shape[:2], dtype=torch.float32)
@@ -100,7 +100,8 @@ class _Convolution(torch.autograd.Function):
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
-        y = _image(x, x.shape[1], halved=True)
+        B, C, H, W = x.shape
+        y = _image(x, B, C, H // 2, W // 2)
         chosen = torch.empty_like(y, dtype=torch.uint8)
         kernel().pool(x, y, chosen)
         ctx.save_for_backward(chosen)
@@ -111,15 +112,14 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (chosen,) = ctx.saved_tensors
         B, C, H, W = chosen.shape
-        grad_x = torch.empty(B, C, 2 * H, 2 * W, dtype=grad.dtype, memory_format=torch.channels_last)
+        grad_x = _image(grad, B, C, 2 * H, 2 * W)
         kernel().pool_gradient(grad.contiguous(memory_format=torch.channels_last), chosen, grad_x)
         return grad_x
 
 
-def _image(x: Tensor, channels: int, halved: bool = False) -> Tensor:
-    B, _, H, W = x.shape
-    size = (B, channels, H // 2, W // 2) if halved else (B, channels, H, W)
-    return torch.empty(size, dtype=x.dtype, memory_format=torch.channels_last)
+def _image(like: Tensor, *size: int) -> Tensor:
+    """An empty `[B, C, H, W]` of the same dtype, channels-last."""
+    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
 
 
 @cache

@@ -115,11 +115,11 @@ class WeightTransform {
           weight(weight),
           packed(packed) {}
 
-    void run() const {
+    void run() {
         parallel_for(
             threads, outputs,
             [](void* self, int64_t output, int) { static_cast<WeightTransform*>(self)->run_output(output); },
-            const_cast<WeightTransform*>(this));
+            this);
     }
 
   private:
