@@ -280,7 +280,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def check_status(status: int) -> None:
     if status == 1:
-        raise MemoryError("no memory for the LSTM kernel's working space; make the batch smaller")
+        raise MemoryError("no memory for the working space of a kernel; make the batch smaller")
     assert status == 0, status
 
 
