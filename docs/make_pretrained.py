@@ -1,7 +1,8 @@
 """Puts the weights of a finished run into the package: `python docs/make_pretrained.py RUN_DIR VARIANT`.
 
-Rounds them to bfloat16, evaluates what is left on the run's validation images, and writes
-`src/sequencer2d/pretrained/VARIANT.safetensors` and its section of the README.md there. Test images are not read.
+Narrows the run's MLPs to the variant's where they are wider, rounds to bfloat16, evaluates what is left on the run's
+validation images, and writes `src/sequencer2d/pretrained/VARIANT.safetensors` and its section of the README.md there.
+Test images are not read.
 """
 
 import json
@@ -10,6 +11,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from sequencer2d.data.catalog import DATA_NAMES
 from sequencer2d.evaluation import evaluate
 from sequencer2d.files import write_atomic
+from sequencer2d.layers import Mlp
 from sequencer2d.model import Sequencer2D
 from sequencer2d.weights import ModelCard, load_model, save_model
 from sequencer2d.zoo import get_config
@@ -39,13 +42,18 @@ def package(run_dir: Path, name: str) -> Path:
         ValueError: It is of another architecture, was made by uncommitted code, or its weights are too large.
     """
     model, card = load_model(run_dir)
+    if not isinstance(model, Sequencer2D):
+        raise ValueError(f"the run trained {card.architecture}; the package has weights of variants of ours")
     if not (run_dir / "result.json").exists():
         raise FileNotFoundError(f"{run_dir} has no result.json: continue the run with sequencer2d train --resume")
     result = json.loads((run_dir / "result.json").read_text())
     environment = json.loads((run_dir / "environment.json").read_text())
     if lacking := uncommitted(environment):
         raise ValueError(f"{run_dir} was trained by code that is not committed: {lacking[0]}; train again")
-    check_architecture(card, name)
+    narrow = narrowed(model, get_config(name).mlp_ratios)
+    taken_out = narrow is not model
+    model, card = narrow, replace(card, config=narrow.config)
+    check_architecture(model, name)
     top1, num_val = rounded_accuracy(run_dir, model, card)
     trained = {key: value for key, value in card.training.items() if key != "data_root"}
     if trained["data"] not in DATA_NAMES:  # a path; and not the catalogue's images, whatever its last part is
@@ -59,6 +67,7 @@ def package(run_dir: Path, name: str) -> Path:
             "num_val": num_val,
             "num_test": result["evaluation"]["num_images"] if "test_top1" in trained else None,
             "rounded_to": "bfloat16",
+            **({"narrowed": "MLPs, by the hidden units with the smallest weights"} if taken_out else {}),
             "rounded_val_top1": top1,
             "command": portable(environment["command"]),
             "commit": environment["commit"],
@@ -75,15 +84,36 @@ def package(run_dir: Path, name: str) -> Path:
     return path
 
 
-def check_architecture(card: ModelCard, name: str) -> None:
+def narrowed(model: Sequencer2D, mlp_ratios: Sequence[float]) -> Sequencer2D:
+    """The model, its MLPs as narrow as these ratios where they are wider: hidden units with the largest weights stay.
+
+    A unit counts by the norm of its weights from the tokens, times that of its weights to them. Nothing is trained.
+    """
+    ratios = tuple(map(min, model.config.mlp_ratios, mlp_ratios))
+    if len(ratios) < len(model.config.mlp_ratios) or ratios == model.config.mlp_ratios:
+        return model
+    narrow = Sequencer2D(replace(model.config, mlp_ratios=ratios))
+    state = model.state_dict()
+    for name, module in narrow.named_modules():
+        if isinstance(module, Mlp):
+            first, bias, second = (state[f"{name}.{key}"] for key in ("fc1.weight", "fc1.bias", "fc2.weight"))
+            units = (first.norm(dim=1) * second.norm(dim=0)).topk(module.fc1.out_features).indices.sort().values
+            state |= {
+                f"{name}.fc1.weight": first[units],
+                f"{name}.fc1.bias": bias[units],
+                f"{name}.fc2.weight": second[:, units],
+            }
+    narrow.load_state_dict(state)
+    return narrow
+
+
+def check_architecture(model: Sequencer2D, name: str) -> None:
     """Raises ValueError unless the weights fit the variant, whatever its classes."""
     with torch.device("meta"):
-        shapes, wanted = (
-            {key: tensor.shape for key, tensor in Sequencer2D(config).state_dict().items()}
-            for config in (card.config, get_config(name, num_classes=card.config.num_classes))
-        )
+        variant = Sequencer2D(get_config(name, num_classes=model.config.num_classes))
+    shapes, wanted = ({key: of.shape for key, of in net.state_dict().items()} for net in (model, variant))
     if shapes != wanted:
-        raise ValueError(f"the run trained a {card.architecture} that is not as {name} is; name the variant that it is")
+        raise ValueError(f"the run trained a net that is not as {name} is; name the variant that it is")
 
 
 def rounded_accuracy(run_dir: Path, model: Sequencer2D, card: ModelCard) -> tuple[float, int]:
@@ -116,9 +146,10 @@ def section(path: Path) -> str:
     model, card = load_model(path)
     trained: dict[str, Any] = card.training
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    before = "before narrowing and rounding" if "narrowed" in trained else "before rounding"
     test = "none"
     if trained["num_test"]:
-        test = f"{trained['test_top1']:.2%} of {trained['num_test']:,} images, read once, before rounding"
+        test = f"{trained['test_top1']:.2%} of {trained['num_test']:,} images, read once, {before}"
     names = ", ".join(card.class_names[:20]) + (", …" if len(card.class_names) > 20 else "")
     rows = {
         "classes": f"{len(card.class_names)}: {names}",
@@ -128,8 +159,9 @@ def section(path: Path) -> str:
         "command": f"`{trained['command']}`",
         "commit": trained["commit"],
         "validation accuracy": f"{trained['rounded_val_top1']:.2%} of {trained['num_val']:,} images, by which training "
-        f"chose its weights; {trained['val_top1']:.2%} before rounding",
+        f"chose its weights; {trained['val_top1']:.2%} {before}",
         "test accuracy": test,
+        **({"narrowed": trained["narrowed"]} if "narrowed" in trained else {}),
         "limits": LIMITS.get(trained["trained_on"], "as of any classifier: images unlike its data are guessed at"),
         "license": trained["license"],
     }
