@@ -10,13 +10,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import make_results
 from sequencer2d.benchmarking.comparison import Measurement, records
 from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.cli import DONE, main
+from sequencer2d.layers import Mlp
 from sequencer2d.weights import load_model
-from sequencer2d.zoo import PACKAGED, VARIANTS
+from sequencer2d.zoo import PACKAGED, VARIANTS, create_model
 from study.plan import read_study
 from study.tables import DEFAULT
 
@@ -224,6 +226,24 @@ def test_a_run_becomes_packaged_weights_by_its_validation_images_alone(
         make_pretrained.package(run_dir, name)
     assert path.read_bytes() == before
     assert sorted(file.name for file in (tmp_path / "pretrained").iterdir()) == ["README.md", path.name]
+
+
+def test_narrowed_weights_are_without_the_hidden_units_that_do_nothing() -> None:
+    make_pretrained = load_script("make_pretrained")
+    model = create_model("sequencer2d_conv_p_patch2_16").eval()
+    for module in model.modules():
+        if isinstance(module, Mlp):
+            idle = torch.randperm(module.fc1.out_features)[: module.fc1.out_features // 4]
+            module.fc2.weight.data[:, idle] = 0
+    narrow = make_pretrained.narrowed(model, (1.5, 2.5)).eval()
+    assert narrow.config.mlp_ratios == (1.5, 2.0)  # nothing is widened
+    images = torch.randn(4, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(narrow(images), model(images))
+    assert make_pretrained.narrowed(model, (2.0, 2.0)) is model
+    make_pretrained.check_architecture(model, "sequencer2d_conv_p_patch2_16")
+    with pytest.raises(ValueError, match="not as sequencer2d_conv_p_patch2_16 is"):
+        make_pretrained.check_architecture(narrow, "sequencer2d_conv_p_patch2_16")
 
 
 def test_every_variant_is_in_the_comparisons_with_the_official_code_and_timm() -> None:
