@@ -41,8 +41,8 @@ def package(run_dir: Path, name: str) -> Path:
         FileNotFoundError, ModelFileError: The run is not finished.
         ValueError: It is of another architecture, was made by uncommitted code, or its weights are too large.
     """
-    model, card = load_model(run_dir)
-    if not isinstance(model, Sequencer2D):
+    whole, card = load_model(run_dir)
+    if not isinstance(whole, Sequencer2D):
         raise ValueError(f"the run trained {card.architecture}; the package has weights of variants of ours")
     if not (run_dir / "result.json").exists():
         raise FileNotFoundError(f"{run_dir} has no result.json: continue the run with sequencer2d train --resume")
@@ -50,10 +50,9 @@ def package(run_dir: Path, name: str) -> Path:
     environment = json.loads((run_dir / "environment.json").read_text())
     if lacking := uncommitted(environment):
         raise ValueError(f"{run_dir} was trained by code that is not committed: {lacking[0]}; train again")
-    narrow = narrowed(model, get_config(name).mlp_ratios)
-    taken_out = narrow is not model
-    model, card = narrow, replace(card, config=narrow.config)
-    check_architecture(model, name)
+    model = narrowed(whole, get_config(name).mlp_ratios)
+    card = replace(card, config=model.config)
+    check_architecture(model, card.architecture, name)
     top1, num_val = rounded_accuracy(run_dir, model, card)
     trained = {key: value for key, value in card.training.items() if key != "data_root"}
     if trained["data"] not in DATA_NAMES:  # a path; and not the catalogue's images, whatever its last part is
@@ -67,7 +66,7 @@ def package(run_dir: Path, name: str) -> Path:
             "num_val": num_val,
             "num_test": result["evaluation"]["num_images"] if "test_top1" in trained else None,
             "rounded_to": "bfloat16",
-            **({"narrowed": "MLPs, by the hidden units with the smallest weights"} if taken_out else {}),
+            **({"narrowed": "MLPs, by the hidden units with the smallest weights"} if model is not whole else {}),
             "rounded_val_top1": top1,
             "command": portable(environment["command"]),
             "commit": environment["commit"],
@@ -107,13 +106,13 @@ def narrowed(model: Sequencer2D, mlp_ratios: Sequence[float]) -> Sequencer2D:
     return narrow
 
 
-def check_architecture(model: Sequencer2D, name: str) -> None:
+def check_architecture(model: Sequencer2D, architecture: str, name: str) -> None:
     """Raises ValueError unless the weights fit the variant, whatever its classes."""
     with torch.device("meta"):
         variant = Sequencer2D(get_config(name, num_classes=model.config.num_classes))
     shapes, wanted = ({key: of.shape for key, of in net.state_dict().items()} for net in (model, variant))
     if shapes != wanted:
-        raise ValueError(f"the run trained a net that is not as {name} is; name the variant that it is")
+        raise ValueError(f"the run trained a {architecture} that is not as {name} is; name the variant that it is")
 
 
 def rounded_accuracy(run_dir: Path, model: Sequencer2D, card: ModelCard) -> tuple[float, int]:

@@ -241,9 +241,9 @@ def test_narrowed_weights_are_without_the_hidden_units_that_do_nothing() -> None
     with torch.inference_mode():
         torch.testing.assert_close(narrow.forward_features(images), model.forward_features(images))
     assert make_pretrained.narrowed(model, (2.0, 2.0)) is model
-    make_pretrained.check_architecture(model, "sequencer2d_conv_p_patch2_16")
-    with pytest.raises(ValueError, match="not as sequencer2d_conv_p_patch2_16 is"):
-        make_pretrained.check_architecture(narrow, "sequencer2d_conv_p_patch2_16")
+    make_pretrained.check_architecture(model, "one", "sequencer2d_conv_p_patch2_16")
+    with pytest.raises(ValueError, match="a other that is not as sequencer2d_conv_p_patch2_16 is"):
+        make_pretrained.check_architecture(narrow, "other", "sequencer2d_conv_p_patch2_16")
 
 
 def test_every_variant_is_in_the_comparisons_with_the_official_code_and_timm() -> None:
