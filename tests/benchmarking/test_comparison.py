@@ -144,7 +144,8 @@ def test_the_environment_gives_every_process_its_threads_and_no_other_allocator(
 
 def test_an_interruption_ends_all_processes_at_once() -> None:
     program = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a background job
         "from sequencer2d.benchmarking import processes\n"
         "start_up = processes._Process.start_up\n"
         "def tell(self):\n"
