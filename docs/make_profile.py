@@ -10,18 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.profiler import profile, record_function
+
 from sequencer2d.files import write_atomic
+from sequencer2d.flops import costs
+from sequencer2d.layers import Conv3x3, MaxPool2x2
+from sequencer2d.native import library
 from sequencer2d.training.machine import describe_machine, tune_allocator
+from sequencer2d.zoo import create_model, get_config
 
-tune_allocator()  # before PyTorch has memory
-
-import torch  # noqa: E402
-from torch.profiler import profile, record_function  # noqa: E402
-
-from sequencer2d.flops import costs  # noqa: E402
-from sequencer2d.layers import Conv3x3, MaxPool2x2  # noqa: E402
-from sequencer2d.native import library  # noqa: E402
-from sequencer2d.zoo import create_model, get_config  # noqa: E402
+tune_allocator()
 
 STEPS = 5
 S, SMALL, STEM = ("sequencer2d_s", 224), ("sequencer2d_t_patch2_32", 32), ("sequencer2d_conv_b_patch4_32", 32)

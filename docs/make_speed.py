@@ -1,4 +1,4 @@
-"""Measures what each setting of the machine does to a training step on this CPU, and writes docs/speed.md.
+"""Measures what each setting of the machine does to a training step's time and memory on this CPU: docs/speed.md.
 
 `python docs/make_speed.py [--rounds N]`: each setting changed alone, in a process of its own, all processes in turn.
 """
@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parent
-ROUNDS = 4
-WARMUP = 1
+ROUNDS = 10
+WARMUP = 5
+"""Steps before any is timed: the first ones take new memory."""
 TOGETHER = 3
 """So many settings at a time are compared with the unchanged one: a process of the larger net takes 4 GiB."""
 NETS: dict[str, dict[str, Any]] = {
     "sequencer2d_s": {"side": 224, "batch_size": 8, "num_classes": 1000},
-    "sequencer2d_conv_t_patch4_32": {"side": 32, "batch_size": 128, "num_classes": 10},
+    "sequencer2d_conv_l_patch4_32": {"side": 32, "batch_size": 512, "num_classes": 10},
 }
 UNCHANGED = "nothing"
 SETTINGS = {
     "one thread": "`OMP_NUM_THREADS=1`",
     "denormals kept": "`torch.set_flush_denormal(False)`",
-    "small pages": "without `THP_MEM_ALLOC_ENABLE=1`",
     "memory given back": "without `mallopt`",
-    "both": "small pages, and memory given back",
+    "huge pages": "`THP_MEM_ALLOC_ENABLE=1`",
+    "both": "memory given back, and huge pages",
     "AdamW not fused": "`fused=False`",
     "fp32": "`--precision fp32`",
     "deterministic": "`--deterministic true`",
@@ -38,11 +39,12 @@ SETTINGS = {
 
 
 def work(net: str, setting: str) -> None:
-    """A process of one setting: for every line that it reads it makes a step and prints its seconds."""
-    if setting not in ("small pages", "both"):
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # read when torch is loaded
+    """A process of one setting: for each line that it reads a step, and a line of its seconds and the peak in MiB."""
+    if setting in ("huge pages", "both"):
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # read at the first large allocation
     import torch
 
+    from sequencer2d.benchmarking.memory import peak_mib
     from sequencer2d.data.loaders import Batch
     from sequencer2d.preprocessing import Preprocessing
     from sequencer2d.training import machine
@@ -89,22 +91,25 @@ def work(net: str, setting: str) -> None:
             step()
         print("ready", flush=True)
         for _ in sys.stdin:
-            print(step(), flush=True)
+            print(step(), peak_mib(), flush=True)
 
 
-def measure(net: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of the seconds of a step under each setting, and of the unchanged one in the same minutes."""
+def measure(net: str, rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds and memory of steps under each setting, and of the unchanged one in the same minutes."""
     found = {}
     for first in range(0, len(SETTINGS), TOGETHER):
         changed = list(SETTINGS)[first : first + TOGETHER]
-        seconds = measure_in_turn(net, [UNCHANGED, *changed], rounds)
-        found |= {name: {"changed": seconds[name], "unchanged": seconds[UNCHANGED]} for name in changed}
-        print(net, {name: round(value, 3) for name, value in seconds.items()}, flush=True)
+        steps = measure_in_turn(net, [UNCHANGED, *changed], rounds)
+        found |= {name: {"changed": steps[name], "unchanged": steps[UNCHANGED]} for name in changed}
+        print(net, steps, flush=True)
     return found
 
 
-def measure_in_turn(net: str, settings: list[str], rounds: int) -> dict[str, float]:
-    """Medians of the seconds of a step. While one process makes its step, the others wait and take no time."""
+def measure_in_turn(net: str, settings: list[str], rounds: int) -> dict[str, dict[str, float]]:
+    """Medians of the seconds of a step, and the most memory a process had, in MiB.
+
+    While one process makes its step, the others wait and take no time.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     workers: dict[str, subprocess.Popen[str]] = {}
     try:
@@ -119,13 +124,16 @@ def measure_in_turn(net: str, settings: list[str], rounds: int) -> dict[str, flo
         for worker in workers.values():
             answer(worker)
         times: dict[str, list[float]] = {setting: [] for setting in settings}
+        peaks: dict[str, float] = {}
         for _ in range(rounds):
             for setting, worker in workers.items():
                 assert worker.stdin is not None
                 worker.stdin.write("\n")
                 worker.stdin.flush()
-                times[setting].append(float(answer(worker)))
-        return {setting: statistics.median(values) for setting, values in times.items()}
+                seconds, peak = answer(worker).split()
+                times[setting].append(float(seconds))
+                peaks[setting] = float(peak)
+        return {name: {"seconds": statistics.median(times[name]), "peak_mib": peaks[name]} for name in settings}
     finally:
         for worker in workers.values():
             worker.kill()
@@ -141,25 +149,32 @@ def answer(worker: "subprocess.Popen[str]") -> str:
 
 
 def page(found: dict[str, Any]) -> str:
-    environment, nets = found["environment"], found["seconds"]
+    environment, nets = found["environment"], found["steps"]
     lines = [
         "# Speed of a training step on a CPU",
         "",
         "What `sequencer2d train` sets up on a machine, and says when it starts: seconds of a whole step (augmentation",
         "of the batch, forward, backward, update; bf16) with one thing changed, and how many times as long that is. By",
         f"`{environment['command']}`: each setting in a process of its own, {TOGETHER} of them and the unchanged",
-        f"one in turn after {WARMUP} step, medians of {found['rounds']} rounds, {environment['threads']} threads.",
+        f"one in turn after {WARMUP} steps, medians of {found['rounds']} rounds, {environment['threads']} threads.",
+        "*GiB* is the most memory that the process had, and in brackets the unchanged one's.",
         "",
-        "| changed | how | " + " | ".join(f"{net}, {_shape(net)} | ×" for net in nets) + " |",
-        "| --- | --- |" + " --- | --- |" * len(nets),
+        "| changed | how | " + " | ".join(f"{net}, {_shape(net)} | × | GiB" for net in nets) + " |",
+        "| --- | --- |" + " --- | --- | --- |" * len(nets),
     ]
     for setting, how in SETTINGS.items():
         cells = []
-        for times in nets.values():
-            changed, unchanged = times[setting]["changed"], times[setting]["unchanged"]
-            cells.append(f"{changed:.3f} | {changed / unchanged:.2f}")
+        for steps in nets.values():
+            changed, unchanged = steps[setting]["changed"], steps[setting]["unchanged"]
+            gib, before = changed["peak_mib"] / 1024, unchanged["peak_mib"] / 1024
+            times = changed["seconds"] / unchanged["seconds"]
+            cells.append(f"{changed['seconds']:.3f} | {times:.2f} | {gib:.1f} ({before:.1f})")
         lines.append(f"| {setting} | {how} | " + " | ".join(cells) + " |")
     lines += [
+        "",
+        "Huge pages are PyTorch's: it aligns large tensors to 2 MiB, and glibc before 2.38 does not find such memory",
+        "again once it is free, so a process grows for as many steps as it makes: it is not these steps' memory but",
+        "some of what a training takes in the end ([LOG.md](LOG.md)).",
         "",
         "Denormals come late in a training, when weights and averages shrink; these nets are new. Compiled are all but",
         "the LSTMs; the first step of such a run takes a minute and is not in these figures. On a GPU, matrix products",
@@ -183,9 +198,9 @@ def main(arguments: list[str]) -> None:
     if not options.page:
         from sequencer2d.training.machine import describe_machine
 
-        seconds = {net: measure(net, options.rounds) for net in NETS}
+        steps = {net: measure(net, options.rounds) for net in NETS}
         environment = {**describe_machine(), "command": "python docs/make_speed.py"}
-        found = {"seconds": seconds, "rounds": options.rounds, "environment": environment}
+        found = {"steps": steps, "rounds": options.rounds, "environment": environment}
         (DOCS / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
     (DOCS / "speed.md").write_text(page(json.loads((DOCS / "speed.json").read_text())))
 

@@ -64,10 +64,8 @@ def _underscored(argument: str) -> str:
 
 def train(arguments: list[str]) -> int:
     """`sequencer2d train`"""
-    from sequencer2d.training.machine import tune_allocator
     from sequencer2d.training.recipes import add_config_options, find_recipe
 
-    tune_allocator()  # before torch is imported
     parser = VerbParser("sequencer2d train", description="Train a Sequencer2D; without options: the embedded digits.")
     add_config_options(parser)
     seeds_help = "train with each of these seeds, such as 0,1,2, and sum up"

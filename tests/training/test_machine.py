@@ -20,8 +20,6 @@ from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
 
 def state() -> dict[str, Any]:
     """All that `settled` may change but for the allocator."""
@@ -128,15 +126,8 @@ def test_threads_follow_the_cores(
     )
 
 
-def lines_after(program: str) -> str:
-    """What `settled` says in a process of two threads that has run a program before."""
-    program += """
-from sequencer2d.training.config import TrainConfig
-from sequencer2d.training.machine import settled
-from sequencer2d.training.ranks import Ranks
-with settled(TrainConfig(), Ranks()) as lines:
-    print(*lines, sep="\\n")
-"""
+def output_of(program: str) -> str:
+    """What a program prints in a process of two threads, without settings of the allocator from outside."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     environment.pop("THP_MEM_ALLOC_ENABLE", None)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
@@ -144,16 +135,54 @@ with settled(TrainConfig(), Ranks()) as lines:
     return done.stdout
 
 
+SETTLE = """
+from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.machine import settled
+from sequencer2d.training.ranks import Ranks
+with settled(TrainConfig(), Ranks()) as lines:
+    print(*lines, sep="\\n")
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
 def test_lines_tell_what_took_effect() -> None:
-    first = lines_after("from sequencer2d.training.machine import tune_allocator; tune_allocator()")
+    first = output_of(SETTLE)
     assert "denormals: flushed to 0\n" in first
-    if HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text():
-        assert "allocator: freed memory is kept, large tensors lie in huge pages\n" in first
-    late = lines_after("import torch; torch.ones(2**24).exp()")
+    assert "allocator: freed memory is kept\n" in first
+    late = output_of("import torch; torch.ones(2**24).exp()" + SETTLE)
     assert "denormals: flushed to 0, but not in the threads that PyTorch had started before\n" in late
-    if HUGE_PAGES.exists() and "[madvise]" in HUGE_PAGES.read_text():
-        assert "no huge pages: PyTorch had memory before they were switched on" in late
+
+
+TRAIN = """
+import tempfile
+from sequencer2d.training.machine import tune_allocator
+tune_allocator()  # before PyTorch is there, when all of it can take effect
+from sequencer2d.benchmarking.memory import peak_mib, used_mib
+from sequencer2d.training.config import TrainConfig
+from sequencer2d.training.run import train
+from sequencer2d.training.task import SequencerTask
+
+def training_step(*arguments):
+    peaks.append(peak_mib())
+    return step(*arguments)
+
+peaks, step = [], SequencerTask.training_step
+SequencerTask.training_step = training_step
+with tempfile.TemporaryDirectory() as folder:
+    net = {"model": "sequencer2d_conv_t_patch4_32", "image_size": 32, "precision": "fp32"}
+    config = TrainConfig(data="digits", batch_size=128, epochs=3, run_dir=f"{folder}/run", **net)
+    before = used_mib()
+    train(config)
+print(*(peak - before for peak in peaks))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+def test_a_training_finds_its_memory_again() -> None:
+    """The tensors of a step fit into what the last one has freed: huge pages make of its memory twice as much."""
+    at_start, first, *_, last = (float(word) for word in output_of(TRAIN).splitlines()[-1].split())
+    assert at_start < first
+    assert last < 1.7 * first
 
 
 def test_a_training_settles_the_machine_and_says_each_setting_once(

@@ -26,7 +26,7 @@ def main() -> None:
     if job["allocator"] == "tuned":
         from sequencer2d.training.machine import tune_allocator
 
-        tune_allocator()  # before torch is imported
+        tune_allocator()
     try:
         for answer in serve(job["contender"], Workload(**job["workload"]), _lines_or_end()):
             print(json.dumps(answer), file=answers)

@@ -7,7 +7,7 @@ from sequencer2d.zoo import get_variant
 
 Mode = Literal["train", "infer"]
 Allocator = Literal["tuned", "default"]
-"""Tuned: freed memory stays in the process, large tensors lie in huge pages (`machine.tune_allocator`)."""
+"""Tuned: freed memory stays in the process (`machine.tune_allocator`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

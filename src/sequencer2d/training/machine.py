@@ -27,16 +27,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def tune_allocator() -> bool:
-    """Keeps freed memory in the process and backs large tensors with huge pages (Linux with glibc).
+    """Keeps freed memory in the process (Linux with glibc), for as long as it lives.
 
     A training step on the CPU allocates and frees gigabytes; without this, page faults cost as much as a kernel.
-    PyTorch reads its switch at the first large allocation, so call this before importing torch. It holds as long as
-    the process.
+    PyTorch's switch for huge pages, THP_MEM_ALLOC_ENABLE=1, is not set: it aligns tensors to 2 MiB, and glibc before
+    2.38 does not find such memory again, so that a process grows to several times what it needs (docs/speed.md).
 
     Returns:
         Whether the C library keeps freed memory.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
@@ -105,44 +104,7 @@ def flushes_denormals(count: int = 1) -> bool:
 
 
 def _allocator() -> str:
-    kept = "freed memory is kept" if tune_allocator() else "freed memory goes back to the system"
-    share = _huge_page_share()
-    if share is None or sys.platform != "linux":
-        return f"allocator: {kept}"
-    if share > 0.5:
-        return f"allocator: {kept}, large tensors lie in huge pages"
-    if os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
-        why = "THP_MEM_ALLOC_ENABLE is not 1"
-    elif "[never]" in _text(Path("/sys/kernel/mm/transparent_hugepage/enabled")):
-        why = "the system has them switched off"
-    else:
-        why = "PyTorch had memory before they were switched on (THP_MEM_ALLOC_ENABLE=1) or they are short"
-    return f"allocator: {kept}, no huge pages: {why}"
-
-
-def _huge_page_share(num_bytes: int = 2**25) -> float | None:
-    """Part of a new tensor that lies in huge pages, or None where the system does not tell."""
-    import torch
-
-    tensor = torch.ones(num_bytes, dtype=torch.uint8)
-    middle = tensor.data_ptr() + num_bytes // 2
-    inside = False
-    for line in _text(Path("/proc/self/smaps")).splitlines():
-        name, *rest = line.split()
-        if not name.endswith(":"):  # the head of a range of addresses
-            start, _, end = name.partition("-")
-            inside = int(start, 16) <= middle < int(end, 16)
-        elif inside and name == "AnonHugePages:":
-            return min(1.0, 1024 * int(rest[0]) / num_bytes)
-    return None
-
-
-def _text(path: Path) -> str:
-    """A file of the system's, empty where there is none."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    return f"allocator: freed memory {'is kept' if tune_allocator() else 'goes back to the system'}"
 
 
 def _deterministic(undo: ExitStack) -> None:
