@@ -176,8 +176,8 @@ def page(found: dict[str, Any]) -> str:
         "again once it is free, so a process grows for as many steps as it makes: it is not these steps' memory but",
         "some of what a training takes in the end ([LOG.md](LOG.md)).",
         "",
-        "Denormals come late in a training, when weights and averages shrink; these nets are new. Compiled are all but",
-        "the LSTMs; the first step of such a run takes a minute and is not in these figures. On a GPU, matrix products",
+        "Denormals come late in a training, when weights and averages shrink; these nets are new. Compiled are norms,",
+        "MLPs, stem and head, where kernels of ours then do not run; the first step of such a run takes a minute and is not in these figures. On a GPU, matrix products",
         "are rounded to TF32 and the stem is channels-last besides; that could not be measured here.",
         "",
         f"Commit {environment['commit']}, {environment['cpu']}, {environment['cores']} cores, "

@@ -106,7 +106,7 @@ class TrainConfig:
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: a third of the memory, slower."""
     compile: bool = False
-    """Compile all but the LSTMs with torch.compile: for GPUs; on CPUs it gains nothing and takes a minute."""
+    """Compile norms, MLPs, stem and head with torch.compile: for GPUs; on CPUs it gains nothing and takes a minute."""
     deterministic: bool = False
     """Refuse operations that give other digits when repeated; on a CPU there are none."""
     skip_nonfinite: int = 0
