@@ -173,12 +173,13 @@ def page(found: dict[str, Any]) -> str:
     lines += [
         "",
         "Huge pages are PyTorch's: it aligns large tensors to 2 MiB, and glibc before 2.38 does not find such memory",
-        "again once it is free, so a process grows for as many steps as it makes: it is not these steps' memory but",
-        "some of what a training takes in the end ([LOG.md](LOG.md)).",
+        "again once it is free. A step in a loop, as here, shows little of it; in a training, where smaller things lie",
+        "between, memory grows to five times as much and steps are slower ([LOG.md](LOG.md)).",
         "",
         "Denormals come late in a training, when weights and averages shrink; these nets are new. Compiled are norms,",
-        "MLPs, stem and head, where kernels of ours then do not run; the first step of such a run takes a minute and is not in these figures. On a GPU, matrix products",
-        "are rounded to TF32 and the stem is channels-last besides; that could not be measured here.",
+        "MLPs, stem and head, in which kernels of ours then do not run; the first step of such a run takes a minute",
+        "and is not in these figures. On a GPU, matrix products are rounded to TF32 and the stem is channels-last",
+        "besides; that could not be measured here.",
         "",
         f"Commit {environment['commit']}, {environment['cpu']}, {environment['cores']} cores, "
         f"torch {environment['packages']['torch']}.",
