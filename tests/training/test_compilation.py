@@ -68,7 +68,7 @@ def test_what_is_compiled_compiles_and_is_the_same(name: str) -> None:
         images = torch.randn(count, 3, 56, 56)
         answers = [net(images) for net in (plain, model)]
         expected_gradients, gradients = (
-            torch.autograd.grad(answer.sum(), net.parameters())
+            torch.autograd.grad(answer.sum(), list(net.parameters()))
             for answer, net in zip(answers, (plain, model), strict=True)
         )
         torch.testing.assert_close(answers[1], answers[0], atol=1e-4, rtol=1e-4)
