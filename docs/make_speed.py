@@ -172,9 +172,9 @@ def page(found: dict[str, Any]) -> str:
         lines.append(f"| {setting} | {how} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "Huge pages are PyTorch's: it aligns large tensors to 2 MiB, and glibc before 2.38 does not find such memory",
-        "again once it is free. A step in a loop, as here, shows little of it; in a training, where smaller things lie",
-        "between, memory grows to five times as much and steps are slower ([LOG.md](LOG.md)).",
+        "Huge pages are PyTorch's: it aligns large tensors to 2 MiB, and glibc (2.36 here) often does not find such",
+        "memory again once it is free. A step in a loop, as here, shows little of it; in a training, where smaller",
+        "things lie between, memory grows to five times as much and steps are slower ([LOG.md](LOG.md)).",
         "",
         "Denormals come late in a training, when weights and averages shrink; these nets are new. Compiled are norms,",
         "MLPs, stem and head, in which kernels of ours then do not run; the first step of such a run takes a minute",

@@ -30,8 +30,8 @@ def tune_allocator() -> bool:
     """Keeps freed memory in the process (Linux with glibc), for as long as it lives.
 
     A training step on the CPU allocates and frees gigabytes; without this, page faults cost as much as a kernel.
-    PyTorch's switch for huge pages, THP_MEM_ALLOC_ENABLE=1, is not set: it aligns tensors to 2 MiB, and glibc before
-    2.38 does not find such memory again, so that a process grows to several times what it needs (docs/speed.md).
+    PyTorch's switch for huge pages, THP_MEM_ALLOC_ENABLE=1, is not set: it aligns tensors to 2 MiB, and glibc
+    (2.36 was tried) often does not find such memory again, so that a process grows to several times what it needs.
 
     Returns:
         Whether the C library keeps freed memory.
