@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -26,16 +26,20 @@ def gradients(run: Callable[[], tuple[Tensor, ...]], inputs: list[Tensor], dtype
     """Outputs, and the gradients of all inputs for fixed gradients of the outputs."""
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         outputs = run()
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, inputs, fixed_gradients(outputs)))
+
+
+def fixed_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
-    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, inputs, grads))
+    return [torch.randn(y.shape, generator=generator).bfloat16().to(y.dtype) for y in outputs]
 
 
-def assert_close(ours: list[Tensor], truth: list[Tensor], bound: float) -> None:
+def assert_close(ours: list[Tensor], truth: list[Tensor], bound: float, sizes: list[Tensor] | None = None) -> None:
+    """Within a bound that is relative to `sizes`, else to the truth."""
     assert len(ours) == len(truth)
-    for i, (a, b) in enumerate(zip(ours, truth, strict=True)):
-        assert a.shape == b.shape
-        assert (a.double() - b.double()).norm() <= bound * b.double().norm() + 1e-6 * math.sqrt(b.numel()), i
+    for i, (a, b, size) in enumerate(zip(ours, truth, sizes or truth, strict=True)):
+        assert a.shape == b.shape == size.shape
+        assert (a.double() - b.double()).norm() <= bound * size.double().norm() + 1e-6 * math.sqrt(b.numel()), i
 
 
 sizes = {
@@ -176,12 +180,12 @@ def test_a_linear_layer_of_any_shape(
     double, x64 = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
     truth = gradients(lambda: (double(x64),), [x64, *double.parameters()], torch.float32)
     ours = gradients(lambda: (native.linear(module, x, "native"),), [x, *module.parameters()], dtype)
-    grad = torch.randn(truth[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
-    x2, grad2, weight2, bias2 = (t.detach().square() for t in (x64, grad, double.weight, double.bias))
-    terms2 = [nn.functional.linear(x2, weight2, bias2), grad2 @ weight2]
-    terms2 += [grad2.flatten(0, -2).T @ x2.flatten(0, -2), grad2.flatten(0, -2).sum(0)]
-    for a, b, squares in zip(ours, truth, terms2, strict=True):  # of what is summed: a sum may come to nearly nothing
-        assert (a.double() - b).norm() <= (FP32 if dtype == torch.float32 else BF16) * squares.sum().sqrt()
+    terms = (x64, *fixed_gradients(truth[:1]), double.weight, double.bias)
+    x2, grad2, weight2, bias2 = (values.detach().square() for values in terms)
+    squares = [nn.functional.linear(x2, weight2, bias2), grad2 @ weight2]
+    squares += [grad2.flatten(0, -2).T @ x2.flatten(0, -2), grad2.flatten(0, -2).sum(0)]
+    sizes = [square.sqrt() for square in squares]  # of what is summed: a sum may come to nearly nothing
+    assert_close(ours, truth, FP32 if dtype == torch.float32 else BF16, sizes)
     assert [gradient.dtype for gradient in ours[1:]] == [torch.float32] * 3
 
 

@@ -53,7 +53,6 @@ from sequencer2d.training.machine import (
     describe_machine,
     describe_optimizer,
     settled,
-    tune_allocator,
 )
 from sequencer2d.training.models import check_peer, new_model, prepare
 from sequencer2d.training.ranks import Ranks, join_ranks, share_batch_norms
@@ -113,7 +112,6 @@ def train(config: TrainConfig, given: Collection[str] | None = None) -> TrainRes
             died, or it could not begin for want of memory or a compiler; the message says what to do.
         OSError: The run folder cannot be written to.
     """
-    tune_allocator()
     ranks = join_ranks()
     resumed_from = resume_path(config.resume)
     if resumed_from:
