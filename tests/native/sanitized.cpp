@@ -132,8 +132,8 @@ static void block_kernels(void* library, int kernel, const char* name) {
             }
 }
 
-// Convolutions of 3×3, their gradients, and pooling, against loops over their definitions.
-static void convolution_kernels(void* library, int kernel, const char* name) {
+// Convolutions of 3×3, their gradients, and pooling in bfloat16, against loops over their definitions.
+static void convolution_kernels(void* library, int kernel, const char* name, int type) {
     auto* pack = symbol<int(int, const Convolution*, int, const float*, void*)>(library, "sequencer2d_pack_convolution");
     auto* convolve = symbol<int(int, const Convolution*, const void*, const void*, void*)>(library, "sequencer2d_convolve");
     auto* gradient =
@@ -147,10 +147,10 @@ static void convolution_kernels(void* library, int kernel, const char* name) {
     for (const auto& s : shapes)
         for (const int threads : {1, 3}) {
             const int64_t B = s[0], H = s[1], W = s[2], C = s[3], K = s[4];
-            const Convolution problem{B, H, W, C, K, threads}, back{B, H, W, K, C, threads};
-            Memory x(kBFloat16, B * H * W * C), y(kBFloat16, B * H * W * K), grad_y(kBFloat16, B * H * W * K);
-            Memory grad_x(kBFloat16, B * H * W * C), weight(kFloat32, K * C * 9), transformed(kFloat32, 16 * K * C);
-            Memory packed(kBFloat16, 16 * K * C), packed_back(kBFloat16, 16 * K * C);
+            const Convolution problem{B, H, W, C, K, type, threads}, back{B, H, W, K, C, type, threads};
+            Memory x(type, B * H * W * C), y(type, B * H * W * K), grad_y(type, B * H * W * K);
+            Memory grad_x(type, B * H * W * C), weight(kFloat32, K * C * 9), transformed(kFloat32, 16 * K * C);
+            Memory packed(type, 16 * K * C), packed_back(type, 16 * K * C);
             x.fill(1, 1), grad_y.fill(1, 2), weight.fill(0.1f, 3);
             const auto* w = reinterpret_cast<const float*>(weight.bytes.data());
             int status = pack(kernel, &problem, 0, w, packed.bytes.data());
@@ -205,9 +205,9 @@ static void convolution_kernels(void* library, int kernel, const char* name) {
                 }
             const char* const what[] = {"convolution", "its gradient of x", "its gradient of weights"};
             for (int i = 0; i < 3; ++i)
-                if (!(std::sqrt(error[i]) <= 0.01 * std::sqrt(size[i])))
+                if (!(std::sqrt(error[i]) <= (type == kFloat32 ? 1e-5 : 0.01) * std::sqrt(size[i])))
                     std::printf("%s of %s: error %g of %g\n", what[i], name, std::sqrt(error[i]), std::sqrt(size[i])), ++failures;
-            if (H % 2 || W % 2) continue;
+            if (H % 2 || W % 2 || type == kFloat32) continue;
             const Pooling pooling{B, H, W, C, threads};
             Memory pooled(kBFloat16, B * H * W / 4 * C), spread(kBFloat16, B * H * W * C);
             std::vector<uint8_t> chosen(size_t(B * H * W / 4 * C));
@@ -361,8 +361,11 @@ int main(int, char** arguments) {
                 }
     check_int8(library, name, runs_here);
     for (int k = 0; name(k); ++k)
-        if (runs_here(k))
-            block_kernels(library, k, name(k)), convolution_kernels(library, k, name(k)), std::printf("%s ", name(k));
+        if (runs_here(k)) {
+            block_kernels(library, k, name(k));
+            for (const int type : {kFloat32, kBFloat16}) convolution_kernels(library, k, name(k), type);
+            std::printf("%s ", name(k));
+        }
     std::printf("%s\n", failures ? "differ" : "as they should be");
     return failures != 0;
 }

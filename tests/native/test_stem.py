@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from sequencer2d import create_model, set_backend
 from sequencer2d.layers import Conv3x3, MaxPool2x2
 from sequencer2d.native import available, stem
-from sequencer2d.native.library import CONVOLUTIONS, kernel
+from sequencer2d.native.library import CONVOLUTIONS, POOLINGS, kernel
 
-pytestmark = pytest.mark.skipif(
-    not available() or kernel().name not in CONVOLUTIONS, reason="no kernel for convolutions runs here"
-)
+pytestmark = pytest.mark.skipif(not available(), reason="no kernels run here")
 
 
 @pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Are for the kernel, too."""
+def small_batches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are for the kernel, too. Tests that name no kernel are of the one with bf16."""
+    if "kernel_name" not in request.fixturenames and kernel().name not in POOLINGS:
+        pytest.skip("no kernel for convolutions in bf16 and pooling runs here")
     monkeypatch.setattr(stem, "LEAST_PIXELS", 1)
 
 
-def image(*shape: int, seed: int = 0) -> Tensor:
+def image(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """More above zero than below it, as after GELU."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).clamp(min=-0.2)
-    return values.bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    return values.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
 def conv(inputs: int, outputs: int, backend: str = "native", **changes: Any) -> Conv3x3:
@@ -42,8 +42,8 @@ def grad_of(y: Tensor) -> Tensor:
 
 
 def run(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """The output, and the gradients of input and weights."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """The output, and the gradients of input and weights, in the image's type."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype == torch.bfloat16):
         y = module(x)
     return [y, *torch.autograd.grad(y, [x, *module.parameters()], grad_of(y))]
 
@@ -52,36 +52,52 @@ def is_ours(y: Tensor) -> bool:
     return type(y.grad_fn).__name__ in ("_ConvolutionBackward", "_MaxPoolBackward")
 
 
-@pytest.mark.parametrize(
-    ("shape", "outputs"),
-    [
-        ((2, 64, 4, 4), 64),
-        ((1, 64, 5, 7), 128),  # tiles that reach beyond the image
-        ((3, 128, 6, 3), 64),
-        ((5, 64, 1, 2), 64),
-        ((2, 192, 9, 8), 320),
-        ((9, 64, 16, 16), 256),  # more tiles than are transformed at a time
-    ],
-)
-def test_convolution_is_nearly_as_exact_as_by_definition(shape: tuple[int, ...], outputs: int) -> None:
-    x = image(*shape)
+SHAPES = [
+    ((2, 64, 4, 4), 64),
+    ((1, 64, 5, 7), 128),  # tiles that reach beyond the image
+    ((3, 128, 6, 3), 64),
+    ((5, 64, 1, 2), 64),
+    ((2, 192, 9, 8), 320),
+    ((9, 64, 16, 16), 256),  # more tiles than are transformed at a time
+]
+
+
+def check_convolution(
+    shape: tuple[int, ...], outputs: int, dtype: torch.dtype, times_usual: float, at_most: float
+) -> None:
+    """By its errors against doubles: they are of the size of PyTorch's."""
+    x = image(*shape, dtype=dtype)
     ours, torchs = (run(conv(shape[1], outputs, backend), x) for backend in ("native", "torch"))
     assert is_ours(ours[0])
     assert not is_ours(torchs[0])
     exact = conv(shape[1], outputs, "torch").double()
-    with torch.autocast("cpu", enabled=False):
-        doubles = x.detach().double().requires_grad_()
-        y = exact(doubles)
+    doubles = x.detach().double().requires_grad_()
+    y = exact(doubles)
     truth = [y, *torch.autograd.grad(y, [doubles, *exact.parameters()], grad_of(ours[0]).double())]
     for mine, theirs, true in zip(ours, torchs, truth, strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
         error, usual = ((found.double() - true).norm() / true.norm() for found in (mine, theirs))
-        assert error <= 3 * usual
-        assert error <= 0.006
+        assert error <= times_usual * usual
+        assert error <= at_most
 
 
-def test_threads_change_no_bit() -> None:
-    x, pool = image(9, 64, 18, 10), MaxPool2x2(2)
+@pytest.mark.parametrize(("shape", "outputs"), SHAPES)
+def test_convolution_is_nearly_as_exact_as_by_definition(shape: tuple[int, ...], outputs: int) -> None:
+    check_convolution(shape, outputs, torch.bfloat16, 3, 0.006)
+
+
+@pytest.mark.parametrize(("shape", "outputs"), SHAPES)
+def test_fp32_convolution_is_nearly_as_exact_as_by_definition(
+    kernel_name: str, shape: tuple[int, ...], outputs: int
+) -> None:
+    if kernel_name not in CONVOLUTIONS[torch.float32]:
+        pytest.skip(f"{kernel_name} leaves convolutions to PyTorch")
+    check_convolution(shape, outputs, torch.float32, 10, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", CONVOLUTIONS, ids=str)
+def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+    x, pool = image(9, 64, 18, 10, dtype=dtype), MaxPool2x2(2)
     results = []
     for threads in (1, 2, 3, 16):
         torch.set_num_threads(threads)
@@ -139,7 +155,7 @@ def in_autocast(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 UNFIT: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "fp32": lambda layer, x: layer(x.float()),
+    "fp64": lambda layer, x: layer.double()(x.double()),
     "channels-first": lambda layer, x: in_autocast(layer, x.contiguous()),
     "no gradient": lambda layer, x: torch.no_grad()(in_autocast)(layer, x),
     "no batch": lambda layer, x: in_autocast(layer, x[0]),
@@ -157,6 +173,17 @@ def test_what_does_not_fit_is_pytorchs(layer: str, case: str) -> None:
     y = UNFIT[case](made, image(2, 64, 8, 8))
     assert not is_ours(y)
     assert y.isfinite().all()
+
+
+def test_fp32_is_pooled_by_pytorch() -> None:
+    assert not is_ours(MaxPool2x2(2)(image(2, 64, 8, 8, dtype=torch.float32)))
+
+
+def test_each_kernel_convolves_what_it_multiplies(kernel_name: str) -> None:
+    """Bf16 only with instructions for it."""
+    for dtype, kernels in CONVOLUTIONS.items():
+        y = conv(64, 64).to(dtype)(image(2, 64, 8, 8, dtype=dtype))
+        assert is_ours(y) == (kernel_name in kernels)
 
 
 def test_an_odd_side_is_pooled_by_pytorch() -> None:
@@ -196,9 +223,11 @@ def test_a_stem_trains_alike_on_both_backends() -> None:
 
     truth = gradients("torch", torch.float32)
     ours, torchs = (gradients(backend, torch.bfloat16) for backend in ("native", "torch"))
+    in_fp32 = gradients("native", torch.float32)
     for name in names:
         error, usual = ((found[name] - truth[name]).norm() for found in (ours, torchs))
         assert error <= 1.5 * usual + 1e-6, name
+        assert (in_fp32[name] - truth[name]).norm() <= 1e-4 * truth[name].norm() + 1e-6, name
 
 
 def test_there_is_no_second_derivative() -> None:

@@ -20,10 +20,13 @@ WEIGHT_GRADIENTS = ("avx512_bf16",)
 FP32_PROJECTIONS = ("avx512", "avx512_bf16")
 """Kernels that project fp32 tokens faster than libraries do, because they need not store them; in bf16 all do."""
 
-CONVOLUTIONS = ("avx512_bf16",)
-"""Kernels that have 3×3 convolutions and pooling, in bf16."""
+CONVOLUTIONS = {torch.float32: ("avx2", "avx512", "avx512_bf16"), torch.bfloat16: ("avx512_bf16",)}
+"""Kernels that have 3×3 convolutions of images of a type."""
 
-_ABI = 7
+POOLINGS = ("avx512_bf16",)
+"""Kernels that have pooling, in bf16."""
+
+_ABI = 8
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -85,7 +88,7 @@ class _WeightGradient(ctypes.Structure):
 class _Convolution(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "inputs", "outputs")),
-        ("threads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("type", "threads")),
     ]
 
 
@@ -224,30 +227,30 @@ class Kernel:
     def convolve(self, weight: Tensor, x: Tensor, y: Tensor, *, backward: bool = False) -> None:
         """Fills `y` `[B, K, H, W]` from `x` `[B, C, H, W]` by `weight` `[K, C, 3, 3]`, contiguous and fp32.
 
-        Backward, from the gradient of `y` that of `x`: K and C change places. Images are bf16 and channels-last.
-        Like the following, only of kernels named in `CONVOLUTIONS`.
+        Backward, from the gradient of `y` that of `x`: K and C change places. Images are of one type and channels-last.
+        Like the following, only of kernels named in `CONVOLUTIONS` for their type.
         """
-        batch, inputs, height, width = x.shape
-        outputs = y.shape[1]
-        sizes, threads = (batch, height, width), torch.get_num_threads()
-        packed = torch.empty(16 * inputs * outputs, dtype=torch.bfloat16, device="cpu")
-        of_weight = _Convolution(*sizes, *((outputs, inputs) if backward else (inputs, outputs)), threads)
+        inputs, outputs = x.shape[1], y.shape[1]
+        packed = torch.empty(16 * inputs * outputs, dtype=x.dtype, device="cpu")
+        of_weight = _convolution(x, *((outputs, inputs) if backward else (inputs, outputs)))
         pointers = map(_pointer, (weight, packed))
         arguments = (ctypes.byref(of_weight), int(backward), *pointers)
         check_status(self.library.sequencer2d_pack_convolution(self.number, *arguments))
-        problem = _Convolution(*sizes, inputs, outputs, threads)
+        problem = _convolution(x, inputs, outputs)
         arguments = (ctypes.byref(problem), *map(_pointer, (packed, x, y)))
         check_status(self.library.sequencer2d_convolve(self.number, *arguments))
 
     def convolution_gradient(self, x: Tensor, grad: Tensor, weight: Tensor) -> None:
         """Fills `weight` `[16, K, C]` (fp32) with the gradient of the transformed weights."""
-        batch, inputs, height, width = x.shape
-        problem = _Convolution(batch, height, width, inputs, grad.shape[1], torch.get_num_threads())
+        problem = _convolution(x, x.shape[1], grad.shape[1])
         pointers = map(_pointer, (x, grad, weight))
         check_status(self.library.sequencer2d_convolution_gradient(self.number, ctypes.byref(problem), *pointers))
 
     def pool(self, x: Tensor, y: Tensor, chosen: Tensor) -> None:
-        """Fills `y` and `chosen` (uint8), both `[B, C, H/2, W/2]`, from `[B, C, H, W]`, all channels-last."""
+        """Fills `y` and `chosen` (uint8), both `[B, C, H/2, W/2]`, from `[B, C, H, W]`, all channels-last, in bf16.
+
+        Like the following, only of kernels named in `POOLINGS`.
+        """
         pointers = map(_pointer, (x, y, chosen))
         check_status(self.library.sequencer2d_pool(self.number, ctypes.byref(_pooling(x)), *pointers))
 
@@ -255,6 +258,11 @@ class Kernel:
         """Fills `grad_x` from the gradient of `y` and what `pool` chose."""
         pointers = map(_pointer, (grad_y, chosen, grad_x))
         check_status(self.library.sequencer2d_pool_gradient(self.number, ctypes.byref(_pooling(grad_x)), *pointers))
+
+
+def _convolution(x: Tensor, inputs: int, outputs: int) -> _Convolution:
+    batch, _, height, width = x.shape
+    return _Convolution(batch, height, width, inputs, outputs, _TYPES[x.dtype], torch.get_num_threads())
 
 
 def _pooling(x: Tensor) -> _Pooling:

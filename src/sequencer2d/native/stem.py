@@ -1,7 +1,8 @@
-"""The convolutional stem's 3×3 convolutions and pooling, where they are trained in bf16; others get PyTorch's.
+"""The convolutional stem's 3×3 convolutions, and in bf16 its pooling, where they are trained; others get PyTorch's.
 
 Convolutions by Winograd's algorithm F(2×2, 3×3) (Lavin & Gray 2016, arXiv 1509.09308), which takes 4 multiplications
-where the definition has 9. Its transforms are rounded to bf16, so results differ from PyTorch's by roundings.
+where the definition has 9. Its transforms are rounded to the images' type, so results differ from PyTorch's by
+roundings.
 
 Shapes: images `[B, C, H, W]`, channels-last in memory, of `C` channels in and `K` out.
 """
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sequencer2d.native.choice import computing_dtype, is_plain, ready
-from sequencer2d.native.library import CONVOLUTIONS, kernel
+from sequencer2d.native.library import CONVOLUTIONS, POOLINGS, kernel
 
 CHANNELS = 64
 """Channels of a convolution are a multiple of it for the kernel."""
@@ -27,6 +28,7 @@ def convolves(backend: str, x: Tensor, module: nn.Conv2d) -> bool:
     """Whether the kernel convolves these images by `module`; else it is for PyTorch."""
     return (
         _trains_here(backend, x, module.weight)
+        and kernel().name in CONVOLUTIONS.get(computing_dtype(x), ())
         and module.kernel_size == (3, 3)
         and module.stride == module.padding == module.dilation == (1, 1)
         and module.groups == 1
@@ -39,14 +41,15 @@ def convolves(backend: str, x: Tensor, module: nn.Conv2d) -> bool:
 
 def convolution(x: Tensor, weight: Tensor) -> Tensor:
     """`[B, C, H, W]` by weights `[K, C, 3, 3]`, with a pixel of zeros around: `[B, K, H, W]`."""
-    return _Convolution.apply(x.to(torch.bfloat16), weight)  # type: ignore[return-value]
+    return _Convolution.apply(x.to(computing_dtype(x)), weight)  # type: ignore[return-value]
 
 
 def pools(backend: str, x: Tensor, module: nn.MaxPool2d) -> bool:
     """Whether the kernel pools these images as `module` says; else it is for PyTorch."""
     return (
         _trains_here(backend, x)
-        and x.dtype == torch.bfloat16
+        and kernel().name in POOLINGS
+        and x.dtype == computing_dtype(x) == torch.bfloat16
         and (module.kernel_size, module.stride, module.padding, module.dilation) == (2, 2, 0, 1)
         and x.shape[1] % 16 == x.shape[2] % 2 == x.shape[3] % 2 == 0
     )
@@ -58,14 +61,12 @@ def max_pool(x: Tensor) -> Tensor:
 
 
 def _trains_here(backend: str, x: Tensor, *parameters: Tensor) -> bool:
-    """Whether a gradient is wanted, in bf16, of images that lie as the kernels take them."""
+    """Whether a gradient is wanted of images that lie as the kernels take them."""
     return (
         torch.is_grad_enabled()
         and ready(backend)
-        and kernel().name in CONVOLUTIONS
         and is_plain(x, *parameters)
         and any(tensor.requires_grad for tensor in (x, *parameters))
-        and computing_dtype(x) == torch.bfloat16
         and x.dim() == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)

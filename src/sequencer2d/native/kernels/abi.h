@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 7 // one more with every change of this file
+#define SEQUENCER2D_ABI 8 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -134,6 +134,7 @@ struct WeightGradient {
 struct Convolution {
     int64_t batch, height, width;
     int64_t inputs, outputs; // channels, multiples of 64
+    int32_t type;            // of the values; bfloat16 only where the processor multiplies it
     int32_t threads;         // at most so many
 };
 
@@ -161,13 +162,14 @@ struct Kernel {
     void (*pack_int8)(int64_t inputs, int64_t outputs, const int8_t* weights, int8_t* packed); // [outputs, inputs]
     int (*project)(const Int8Project&);
     int (*finish)(const Int8Finish&);
-    int (*weight_gradient)(const WeightGradient&); // null where a library does it better, as the following are
-    // weight: [outputs, inputs, 3, 3]; packed: 16 * inputs * outputs values of bfloat16, for `convolve`, where `backward`
-    // with the gradient of y in the place of x, and inputs and outputs exchanged
-    void (*pack_convolution)(const Convolution&, bool backward, const float* weight, void* packed);
-    int (*convolve)(const Convolution&, const void* packed, const void* x, void* y); // bfloat16
-    // weight: [16, outputs, inputs], out: the gradient of the transformed weights; x and grad are bfloat16
-    int (*convolution_gradient)(const Convolution&, const void* x, const void* grad, float* weight);
+    // Null where a library does it better, as the following are.
+    int (*weight_gradient)(const WeightGradient&);
     void (*pool)(const Pooling&, const void* x, void* y, uint8_t* chosen); // bfloat16; chosen, out: which pixel, 0 to 3
     void (*pool_gradient)(const Pooling&, const void* grad_y, const uint8_t* chosen, void* grad_x);
+    // weight: [outputs, inputs, 3, 3]; packed: 16 * inputs * outputs values, for `convolve`, where `backward` with the
+    // gradient of y in the place of x, and inputs and outputs exchanged
+    int (*pack_convolution)(const Convolution&, bool backward, const float* weight, void* packed);
+    int (*convolve)(const Convolution&, const void* packed, const void* x, void* y); // values
+    // weight: [16, outputs, inputs], out: the gradient of the transformed weights; x and grad are values
+    int (*convolution_gradient)(const Convolution&, const void* x, const void* grad, float* weight);
 };

@@ -120,8 +120,7 @@ EXPORT int sequencer2d_weight_gradient(int kernel, const WeightGradient* tensors
 EXPORT int sequencer2d_pack_convolution(int kernel, const Convolution* problem, int backward, const float* weight,
                                         void* packed) {
     if (!sequencer2d_kernel_runs_here(kernel) || !kernels[kernel]->pack_convolution) return kNoSuchKernel;
-    kernels[kernel]->pack_convolution(*problem, backward, weight, packed);
-    return kDone;
+    return kernels[kernel]->pack_convolution(*problem, backward, weight, packed);
 }
 
 EXPORT int sequencer2d_convolve(int kernel, const Convolution* problem, const void* packed, const void* x, void* y) {

@@ -7,9 +7,12 @@
 #include "gelu.h"
 #include "int8.h"
 #include "norm.h"
+#ifdef __AVX2__
+#include "winograd.h"
+#endif
 #ifdef __AVX512BF16__
 #include "pooling.h"
-#include "winograd.h"
+#include "weight_gradient.h"
 #endif
 
 namespace {
@@ -85,15 +88,18 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
         finish,
 #ifdef __AVX512BF16__
         weight_gradient,
-        pack_convolution,
-        convolve,
-        convolution_gradient,
         pool,
         pool_gradient,
 #else
         nullptr,
         nullptr,
         nullptr,
+#endif
+#ifdef __AVX2__
+        pack_convolution,
+        convolve,
+        convolution_gradient,
+#else
         nullptr,
         nullptr,
         nullptr,

@@ -6,14 +6,11 @@
 // depends on their number alone, so every sum is made in one order, however many threads there are.
 #pragma once
 
-#include "tiles.h"
+#include "products.h"
 
 namespace {
 
 constexpr int kPairs = 128;                // of tokens in a block
-constexpr int kGradRows = 6;               // outputs × vectors of inputs that stay in registers
-constexpr int kGradColumns = 4;            //
-constexpr int64_t kPanel = kGradColumns * Vec::lanes;
 constexpr int kBlockOutputs = 96;          // that are multiplied at a time; a multiple of kGradRows
 constexpr int64_t kPartTokens = 2048;      // at least, of a part
 constexpr int64_t kMostParts = 8;          //
@@ -25,31 +22,6 @@ inline __m512i interleave(const bfloat16* row, int64_t stride, bool second, int 
     if (!second) return low;
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), row + stride));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
-// out[o, c] += rows[., o]^T columns[., c], over pairs of neighbours, for up to `Rows` outputs.
-template <int Columns, int Rows>
-inline void add_products(float* out, int64_t stride, int64_t count, int pairs, const int32_t* columns,
-                         const int32_t* rows, int64_t row_stride) {
-    if constexpr (Rows > 1) {
-        if (count < Rows)
-            return add_products<Columns, Rows - 1>(out, stride, count, pairs, columns, rows, row_stride);
-    }
-    Vec sum[Rows][Columns];
-    UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = load(out + r * stride + j * Vec::lanes, Vec::lanes);
-    }
-    for (int pair = 0; pair < pairs; ++pair, columns += kPanel, rows += row_stride) {
-        __m512bh w[Columns];
-        UNROLL for (int j = 0; j < Columns; ++j) w[j] = (__m512bh)_mm512_load_si512(columns + j * Vec::lanes);
-        UNROLL for (int r = 0; r < Rows; ++r) {
-            const __m512bh g = (__m512bh)_mm512_set1_epi32(rows[r]);
-            UNROLL for (int j = 0; j < Columns; ++j) sum[r][j] = BFloat16Dot::multiply_add(w[j], g, sum[r][j]);
-        }
-    }
-    UNROLL for (int r = 0; r < Rows; ++r) {
-        UNROLL for (int j = 0; j < Columns; ++j) store(out + r * stride + j * Vec::lanes, sum[r][j], Vec::lanes);
-    }
 }
 
 class WeightGradients {
@@ -105,13 +77,13 @@ class WeightGradients {
 
     // A block of tokens, in pairs.
     struct Packed {
-        int32_t* columns; // [panel, pair, columns of a panel]
-        int32_t* rows;    // [pair, kBlockOutputs]
+        bfloat16* columns; // [panel, pair, columns of a panel, of the pair]
+        bfloat16* rows;    // [pair, kBlockOutputs, of the pair]
         int64_t bytes;
         Packed(char* memory, int64_t width) {
             Cutter cutter(memory);
-            columns = cutter.cut<int32_t>(kPairs * round_up(width, kPanel));
-            rows = cutter.cut<int32_t>(kPairs * kBlockOutputs);
+            columns = cutter.cut<bfloat16>(2 * kPairs * round_up(width, kPanel));
+            rows = cutter.cut<bfloat16>(2 * kPairs * kBlockOutputs);
             bytes = cutter.used;
         }
     };
@@ -160,7 +132,7 @@ class WeightGradients {
         for (int pair = 0; 2 * pair < tokens; ++pair, from += 2 * stride)
             for (int64_t c = 0; c < count; c += Vec::lanes) {
                 const int64_t at = column + c;
-                int32_t* to = packed.columns + (at / kPanel * kPairs + pair) * kPanel + at % kPanel;
+                bfloat16* to = packed.columns + 2 * ((at / kPanel * kPairs + pair) * kPanel + at % kPanel);
                 const int some = smaller(Vec::lanes, count - c);
                 _mm512_store_si512(to, interleave(from + c, stride, 2 * pair + 1 < tokens, some));
             }
@@ -173,7 +145,7 @@ class WeightGradients {
             for (int pair = 0; 2 * pair < tokens; ++pair) {
                 const bfloat16* row = from + 2 * pair * problem.grad_stride + o;
                 const __m512i pairs = interleave(row, problem.grad_stride, 2 * pair + 1 < tokens, count);
-                _mm512_store_si512(packed.rows + pair * kBlockOutputs + o, pairs);
+                _mm512_store_si512(packed.rows + 2 * (pair * kBlockOutputs + o), pairs);
                 sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
                 sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536))));
             }
@@ -187,10 +159,10 @@ class WeightGradients {
             if (width - c < Columns * Vec::lanes)
                 return multiply_panel<Columns - 1>(out, c, outputs, pairs, packed);
         }
-        const int32_t* columns = packed.columns + c * kPairs;
+        const bfloat16* columns = packed.columns + 2 * c * kPairs;
         for (int o = 0; o < outputs; o += kGradRows)
-            add_products<Columns, kGradRows>(out + o * width + c, width, outputs - o, pairs, columns, packed.rows + o,
-                                             kBlockOutputs);
+            add_products<BFloat16Dot, Columns, kGradRows>(out + o * width + c, width, outputs - o, pairs, columns,
+                                                          packed.rows + 2 * o, kBlockOutputs);
     }
 
     void add_parts(int64_t block) const {
