@@ -1,9 +1,10 @@
 """Where the time of a step goes on this CPU, beside what its arithmetic alone would take; writes docs/profile.md.
 
-`python docs/make_profile.py`: S and two nets for 32 pixels, and convolutions one by one, two or three minutes on two
-idle cores, with the allocator that `train` sets.
+`python docs/make_profile.py [--page FILE]`: S and two nets for 32 pixels, and convolutions one by one, three or four
+minutes on two idle cores, with the allocator that `train` sets.
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -29,13 +30,15 @@ WORK = (
     (S, "train", "fp32", 8),
     (SMALL, "train", "bf16", 128),
     (STEM, "train", "bf16", 256),
+    (STEM, "train", "fp32", 256),
     (S, "infer", "bf16", 8),
     (S, "infer", "fp32", 8),
     (S, "infer", "bf16", 1),
     (S, "infer", "fp32", 1),
 )
 LAYERS = ((64, 64, 16), (64, 128, 16), (128, 128, 16), (128, 128, 8), (256, 256, 8))
-"""Channels in and out, and side of the image, of the convolutions that are measured one by one, in bf16, batch 256."""
+"""Channels in and out, and side of the image, of the convolutions that are measured one by one, batch 256."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "kernel weight_gradient"),
     "recurrence": ("kernel forward", "kernel backward"),
@@ -67,7 +70,7 @@ def _recorded(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 def make_step(model: str, side: int, mode: str, precision: str, batch_size: int) -> Callable[[], object]:
     """As `sequencer2d benchmark` has it."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[precision]
     net = create_model(model)
     images, labels = torch.randn(batch_size, 3, side, side), torch.randint(1000, (batch_size,))
     if mode == "infer":
@@ -89,9 +92,8 @@ def make_step(model: str, side: int, mode: str, precision: str, batch_size: int)
 
 def peak(precision: str) -> float:
     """Multiply-accumulates per second of one large matrix product."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     side = 2048
-    x, w = torch.randn(side, side, dtype=dtype), torch.randn(side, side, dtype=dtype)
+    x, w = torch.randn(side, side, dtype=DTYPES[precision]), torch.randn(side, side, dtype=DTYPES[precision])
     return side**3 / median_seconds(lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""), 10)
 
 
@@ -129,17 +131,17 @@ def measure(net: tuple[str, int], mode: str, precision: str, batch_size: int) ->
     ]
 
 
-def measure_layer(layer: Any, channels: int, side: int, rounds: int = 9) -> list[str]:
+def measure_layer(layer: Any, channels: int, side: int, precision: str, rounds: int = 9) -> list[str]:
     """A layer's forward and backward pass by our kernel and by PyTorch's, in turn, and the median of the ratios."""
     shape = (256, channels, side, side)
-    x = torch.randn(shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(shape, dtype=DTYPES[precision]).contiguous(memory_format=torch.channels_last).requires_grad_()
     wanted = [x, *layer.parameters()]
     seconds: dict[str, list[list[float]]] = {"native": [], "torch": []}
     for _ in range(rounds + 1):
         for backend, found in seconds.items():
             layer.backend = backend
             times = [time.perf_counter()]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 y = layer(x)
             times.append(time.perf_counter())
             torch.autograd.grad(y, wanted, torch.ones_like(y))
@@ -153,19 +155,21 @@ def measure_layer(layer: Any, channels: int, side: int, rounds: int = 9) -> list
     return cells
 
 
-def measure_layers() -> list[str]:
+def measure_layers(precision: str) -> list[str]:
     """The table of single layers."""
     rows = []
     for inputs, outputs, side in LAYERS:
         layer = Conv3x3(inputs, outputs, kernel_size=3, padding=1, bias=False)
-        rows.append([f"3×3 convolution, {inputs} to {outputs} channels, {side}²", *measure_layer(layer, inputs, side)])
-    for channels, side in ((64, 32), (256, 16)):
-        rows.append([f"2×2 max pooling, {channels} channels, {side}²", *measure_layer(MaxPool2x2(2), channels, side)])
+        name = f"3×3 convolution, {inputs} to {outputs} channels, {side}²"
+        rows.append([name, *measure_layer(layer, inputs, side, precision)])
+    for channels, side in ((64, 32), (256, 16)) if precision == "bf16" else ():
+        name = f"2×2 max pooling, {channels} channels, {side}²"
+        rows.append([name, *measure_layer(MaxPool2x2(2), channels, side, precision)])
     return [
-        "## The layers of the convolutional stem",
+        f"## The layers of the convolutional stem, {precision}",
         "",
-        "Trained in bf16, batch 256, milliseconds: medians of nine rounds after one to warm up, in each of which our",
-        "kernel and PyTorch's take turns; the ratio is the median over the rounds.",
+        "Trained, batch 256, milliseconds: medians of nine rounds after one to warm up, in each of which our kernel",
+        "and PyTorch's take turns; the ratio is the median over the rounds.",
         "",
         "| | forward, ours | PyTorch's | | backward, ours | PyTorch's | |",
         f"| {' | '.join(['---'] * 7)} |",
@@ -175,6 +179,9 @@ def measure_layers() -> list[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--page", type=Path, default=Path(__file__).with_name("profile.md"))
+    page = parser.parse_args().page
     torch.set_flush_denormal(True)
     name_kernels()
     rows = [measure(*work) for work in WORK]
@@ -185,18 +192,19 @@ def main() -> None:
         "",
         "By `python docs/make_profile.py`, in milliseconds: the median of the step, and PyTorch's profiler.",
         "The *arithmetic limit* is all multiply-accumulates at the rate of one 2048³ product in that precision.",
-        "Convolutions trained in bf16 do four ninths of theirs (Winograd's algorithm), so a step may stay below it.",
+        "Trained convolutions do four ninths of theirs (Winograd's algorithm), so a step may stay below it.",
         "The rest is Python, autograd, pooling, batch norms, and what the profiler and the clock see differently.",
         "",
         f"| {' | '.join(head)} |",
         f"| {' | '.join(['---'] * len(head))} |",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        *measure_layers(),
+        *measure_layers("bf16"),
+        *measure_layers("fp32"),
         f"Commit {machine['commit']}, {machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, "
         f"torch {machine['packages']['torch']}.",
     ]
-    write_atomic(Path(__file__).with_name("profile.md"), "\n".join(lines) + "\n")
+    write_atomic(page, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
