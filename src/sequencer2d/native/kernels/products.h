@@ -5,8 +5,8 @@
 
 namespace {
 
-constexpr int kGradRows = 6;                            // outputs × vectors of inputs that stay in registers
-constexpr int kGradColumns = Vec::lanes == 16 ? 4 : 2;  //
+constexpr int kGradRows = 6;                           // outputs × vectors of inputs that stay in registers
+constexpr int kGradColumns = Vec::lanes == 16 ? 4 : 2; //
 constexpr int64_t kPanel = kGradColumns * Vec::lanes;
 
 // One vector of each of `depth` rows, side by side as a `Dot` multiplies them: to[lane][row].

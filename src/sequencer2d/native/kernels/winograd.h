@@ -223,7 +223,7 @@ class Convolve {
 
     struct Block {
         Value* transformed; // [plane, tile, input]
-        float* products;       // [plane, tile, output of a panel]
+        float* products;    // [plane, tile, output of a panel]
         Value* zeros;       // [input]
         int64_t bytes;
         Block(char* memory, const Convolve& of) {
@@ -354,9 +354,9 @@ class ConvolutionGradient {
     const int64_t column_plane, row_plane; // values from one plane to the next
     const int threads;
     const Value *x, *grad;
-    float* weight;                           // [plane, output, input]
-    int64_t begin = 0;                       // of the tiles of this chunk
-    int groups = 0;                          // of its tiles
+    float* weight;                             // [plane, output, input]
+    int64_t begin = 0;                         // of the tiles of this chunk
+    int groups = 0;                            // of its tiles
     Value *columns = nullptr, *rows = nullptr; // of x and of grad: [plane, panel, group, channel of the panel, of group]
     Value* zeros = nullptr;
 
