@@ -13,10 +13,12 @@ constexpr int64_t kPanel = kGradColumns * Vec::lanes;
 inline void store_together(float* to, const Vec (&rows)[1]) { store(to, rows[0], Vec::lanes); }
 
 #ifdef __AVX512BF16__
+inline __m512i side_by_side(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
 inline void store_together(bfloat16* to, const Vec (&rows)[2]) {
-    const __m512i low = _mm512_cvtepu16_epi32(to_bfloat16(rows[0].v));
-    const __m512i high = _mm512_cvtepu16_epi32(to_bfloat16(rows[1].v));
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    _mm512_storeu_si512(to, side_by_side(to_bfloat16(rows[0].v), to_bfloat16(rows[1].v)));
 }
 #endif
 

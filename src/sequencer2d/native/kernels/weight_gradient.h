@@ -18,10 +18,9 @@ constexpr int64_t kTaskBytes = 256 * 1024; // of the sums of a task, about: they
 
 // Pairs of neighbouring values of a column, for 16 columns: those that are missing are 0.
 inline __m512i interleave(const bfloat16* row, int64_t stride, bool second, int count) {
-    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), row));
-    if (!second) return low;
-    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), row + stride));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    const __m256i zeros = _mm256_setzero_si256();
+    return side_by_side(_mm256_maskz_loadu_epi16(first(count), row),
+                        second ? _mm256_maskz_loadu_epi16(first(count), row + stride) : zeros);
 }
 
 class WeightGradients {

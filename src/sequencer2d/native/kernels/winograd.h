@@ -146,9 +146,8 @@ class WeightTransform {
             UNROLL for (int d = 0; d < Dot::depth; ++d)
                 transform_taps(weight + output * output_stride + (input + d) * input_stride, d, planes);
             UNROLL for (int plane = 0; plane < kPlanes; ++plane) {
-                const int64_t panel = plane * panels + output / kPanel;
-                store_together(packed + panel * inputs * kPanel + input * kPanel + output % kPanel * Dot::depth,
-                               planes[plane]);
+                const int64_t row = (plane * panels + output / kPanel) * inputs + input;
+                store_together(packed + row * kPanel + output % kPanel * Dot::depth, planes[plane]);
             }
         }
     }
