@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import profile, record_function
 
 from sequencer2d.files import write_atomic
 from sequencer2d.flops import costs
-from sequencer2d.layers import Conv3x3, MaxPool2x2
+from sequencer2d.layers import Conv3x3, Convolutions, MaxPool2x2
 from sequencer2d.native import library
 from sequencer2d.training.machine import describe_machine, tune_allocator
 from sequencer2d.zoo import create_model, get_config
@@ -44,6 +45,10 @@ KINDS = {
     "recurrence": ("kernel forward", "kernel backward"),
     "norms, residual sums": ("kernel norm_forward", "kernel norm_backward", "aten::add", "aten::add_"),
     "GELU": ("kernel gelu",),
+    "stem's norms, GELUs, pooling": (
+        *("kernel batch_norm_forward", "kernel batch_norm_backward", "kernel pool", "kernel pool_gradient"),
+        *("aten::native_batch_norm", "aten::native_batch_norm_backward"),
+    ),
     "convolutions": (
         *("aten::mkldnn_convolution", "aten::convolution_backward", "aten::_slow_conv2d_forward"),
         *("kernel convolve", "kernel convolution_gradient"),
@@ -55,8 +60,8 @@ KINDS = {
 
 def name_kernels() -> None:
     """Lets the profiler see the calls of our kernels."""
-    others = ("weight_gradient", "convolve", "convolution_gradient")
-    for name in ("forward", "backward", "norm_forward", "norm_backward", "gelu", *others):
+    of_stem = ("convolve", "convolution_gradient", "pool", "pool_gradient", "batch_norm_forward", "batch_norm_backward")
+    for name in ("forward", "backward", "norm_forward", "norm_backward", "gelu", "weight_gradient", *of_stem):
         setattr(library.Kernel, name, _recorded(getattr(library.Kernel, name), f"kernel {name}"))
 
 
@@ -162,9 +167,14 @@ def measure_layers(precision: str) -> list[str]:
         layer = Conv3x3(inputs, outputs, kernel_size=3, padding=1, bias=False)
         name = f"3×3 convolution, {inputs} to {outputs} channels, {side}²"
         rows.append([name, *measure_layer(layer, inputs, side, precision)])
-    for channels, side in ((64, 32), (256, 16)) if precision == "bf16" else ():
+    for channels, side in ((64, 32), (256, 16)):
         name = f"2×2 max pooling, {channels} channels, {side}²"
         rows.append([name, *measure_layer(MaxPool2x2(2), channels, side, precision)])
+    for channels, side in ((64, 16), (128, 16), (256, 8)):
+        layer = Convolutions(nn.BatchNorm2d(channels), nn.GELU())
+        rows.append(
+            [f"batch norm and GELU, {channels} channels, {side}²", *measure_layer(layer, channels, side, precision)]
+        )
     return [
         f"## The layers of the convolutional stem, {precision}",
         "",
@@ -193,7 +203,7 @@ def main() -> None:
         "By `python docs/make_profile.py`, in milliseconds: the median of the step, and PyTorch's profiler.",
         "The *arithmetic limit* is all multiply-accumulates at the rate of one 2048³ product in that precision.",
         "Trained convolutions do four ninths of theirs (Winograd's algorithm), so a step may stay below it.",
-        "The rest is Python, autograd, pooling, batch norms, and what the profiler and the clock see differently;",
+        "The rest is Python, autograd, and what the profiler and the clock see differently;",
         "it is below 0 where the machine was slower under the profiler.",
         "",
         f"| {' | '.join(head)} |",

@@ -314,9 +314,9 @@ class ConvPatchEmbed(nn.Module):
         for before, after, depth in zip((in_chans, *widths), widths, depths, strict=False):
             convolution, *others = _convolution(before, after)
             residuals = [ResidualConvolution(after) for _ in range(depth - 1)]
-            self.steps.append(nn.Sequential(convolution, MaxPool2x2(2), *others, *residuals))
+            self.steps.append(Convolutions(convolution, MaxPool2x2(2), *others, *residuals))
         lacking = widths[-1] != embed_dim
-        self.proj = nn.Sequential(*_convolution(widths[-1], embed_dim)) if lacking else nn.Identity()
+        self.proj = Convolutions(*_convolution(widths[-1], embed_dim)) if lacking else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, h, w, D]`."""
@@ -329,7 +329,7 @@ class ResidualConvolution(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_convolution(width, width))
+        self.body = Convolutions(*_convolution(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, C, H, W]`."""
@@ -340,8 +340,30 @@ def _convolution(before: int, after: int) -> list[nn.Module]:
     return [Conv3x3(before, after, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(after), nn.GELU()]
 
 
+class Convolutions(nn.Sequential):
+    """`nn.Sequential` where each batch norm is one kernel of ours with the GELU after it if it is trained on a CPU."""
+
+    backend = "auto"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[B, C, H, W]` to `[B, K, h, w]`."""
+        if not torch.jit.is_scripting():
+            modules = list(self)
+            while modules:
+                module = modules.pop(0)
+                if isinstance(module, nn.BatchNorm2d) and native.norms(self.backend, input, module, modules[0]):
+                    input = native.norm_gelu(input, module)
+                    del modules[0]
+                else:
+                    input = module(input)
+            return input
+        for module in self:
+            input = module(input)
+        return input
+
+
 class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d` by a kernel of ours where it is trained on a CPU in bf16."""
+    """`nn.Conv2d` by a kernel of ours where it is trained on a CPU."""
 
     backend = "auto"
 
@@ -354,7 +376,7 @@ class Conv3x3(nn.Conv2d):
 
 
 class MaxPool2x2(nn.MaxPool2d):
-    """`nn.MaxPool2d` by a kernel of ours where gradients go through it on a CPU in bf16."""
+    """`nn.MaxPool2d` by a kernel of ours where gradients go through it on a CPU."""
 
     backend = "auto"
 
@@ -367,7 +389,7 @@ class MaxPool2x2(nn.MaxPool2d):
 
 
 _WITH_KERNELS = (
-    BiLSTM2D, VerticalBiLSTM, HorizontalBiLSTM, BiLSTM1D, Sequencer2DBlock, Conv3x3, MaxPool2x2,
+    BiLSTM2D, VerticalBiLSTM, HorizontalBiLSTM, BiLSTM1D, Sequencer2DBlock, Convolutions, Conv3x3, MaxPool2x2,
 )  # fmt: skip
 """Layers that have a backend."""
 

@@ -12,7 +12,7 @@ from sequencer2d.native.choice import Backend, backends, check_backend, serves
 from sequencer2d.native.inference import infer_block
 from sequencer2d.native.layer import bilstm2d
 from sequencer2d.native.library import available
-from sequencer2d.native.stem import convolution, convolves, max_pool, pools
+from sequencer2d.native.stem import convolution, convolves, max_pool, norm_gelu, norms, pools
 
 __all__ = [
     "Backend",
@@ -26,6 +26,8 @@ __all__ = [
     "linear",
     "max_pool",
     "mlp",
+    "norm_gelu",
+    "norms",
     "pools",
     "residual_norm",
     "serves",

@@ -23,10 +23,10 @@ FP32_PROJECTIONS = ("avx512", "avx512_bf16")
 CONVOLUTIONS = {torch.float32: ("avx2", "avx512", "avx512_bf16"), torch.bfloat16: ("avx512_bf16",)}
 """Kernels that have 3×3 convolutions of images of a type."""
 
-POOLINGS = ("avx512_bf16",)
-"""Kernels that have pooling, in bf16."""
+POOLINGS = ("avx512", "avx512_bf16")
+"""Kernels that have pooling."""
 
-_ABI = 8
+_ABI = 9
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -76,6 +76,25 @@ class _NormBackwardTensors(ctypes.Structure):
     ]
 
 
+class _BatchNormProblem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("pixels", "channels")),
+        *((name, ctypes.c_int32) for name in ("type", "threads")),
+        ("epsilon", ctypes.c_float),
+    ]
+
+
+class _BatchNormForwardTensors(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "statistics")]
+
+
+class _BatchNormBackwardTensors(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("x", "weight", "bias", "statistics", "grad_y", "grad_x", "grad_weight", "grad_bias")
+    ]
+
+
 class _WeightGradient(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "outputs", "inputs", "groups", "own_inputs")),
@@ -95,7 +114,7 @@ class _Convolution(ctypes.Structure):
 class _Pooling(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "height", "width", "channels")),
-        ("threads", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("type", "threads")),
     ]
 
 
@@ -204,6 +223,37 @@ class Kernel:
         sizes = (_TYPES[x.dtype], torch.get_num_threads(), x.numel())
         check_status(self.library.sequencer2d_gelu(self.number, *sizes, *pointers))
 
+    def batch_norm_forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, y: Tensor, statistics: Tensor
+    ) -> None:
+        """Fills the last two from `[B, C, H, W]`: GELU of the norm, and mean and variance, `[2, C]`.
+
+        Images are of one type and channels-last; all else is fp32.
+        """
+        problem = _batch_norm_problem(x, epsilon)
+        tensors = _BatchNormForwardTensors(*map(_pointer, (x, weight, bias, y, statistics)))
+        arguments = (ctypes.byref(problem), ctypes.byref(tensors))
+        check_status(self.library.sequencer2d_batch_norm_forward(self.number, *arguments))
+
+    def batch_norm_backward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: float,
+        statistics: Tensor,
+        grad_y: Tensor,
+        grad_x: Tensor,
+        grad_weight: Tensor,
+        grad_bias: Tensor,
+    ) -> None:
+        """Fills the last three."""
+        problem = _batch_norm_problem(x, epsilon)
+        pointers = map(_pointer, (x, weight, bias, statistics, grad_y, grad_x, grad_weight, grad_bias))
+        tensors = _BatchNormBackwardTensors(*pointers)
+        arguments = (ctypes.byref(problem), ctypes.byref(tensors))
+        check_status(self.library.sequencer2d_batch_norm_backward(self.number, *arguments))
+
     def weight_gradient(
         self,
         grad: Tensor,
@@ -247,7 +297,7 @@ class Kernel:
         check_status(self.library.sequencer2d_convolution_gradient(self.number, ctypes.byref(problem), *pointers))
 
     def pool(self, x: Tensor, y: Tensor, chosen: Tensor) -> None:
-        """Fills `y` and `chosen` (uint8), both `[B, C, H/2, W/2]`, from `[B, C, H, W]`, all channels-last, in bf16.
+        """Fills `y` and `chosen` (uint8), both `[B, C, H/2, W/2]`, from `[B, C, H, W]`, all channels-last.
 
         Like the following, only of kernels named in `POOLINGS`.
         """
@@ -267,7 +317,7 @@ def _convolution(x: Tensor, inputs: int, outputs: int) -> _Convolution:
 
 def _pooling(x: Tensor) -> _Pooling:
     batch, channels, height, width = x.shape
-    return _Pooling(batch, height, width, channels, torch.get_num_threads())
+    return _Pooling(batch, height, width, channels, _TYPES[x.dtype], torch.get_num_threads())
 
 
 def _problem(shape: Shape, dtype: torch.dtype) -> _Problem:
@@ -280,6 +330,11 @@ def _norm_problem(x: Tensor, normed: Tensor, epsilon: float) -> _NormProblem:
     tokens = x.numel() // channels
     sizes = (tokens, channels, max(1, tokens // len(x)))
     return _NormProblem(*sizes, _TYPES[x.dtype], _TYPES[normed.dtype], torch.get_num_threads(), epsilon)
+
+
+def _batch_norm_problem(x: Tensor, epsilon: float) -> _BatchNormProblem:
+    channels = x.shape[1]
+    return _BatchNormProblem(x.numel() // channels, channels, _TYPES[x.dtype], torch.get_num_threads(), epsilon)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-"""The convolutional stem's 3×3 convolutions, and in bf16 its pooling, where they are trained; others get PyTorch's.
+"""The convolutional stem where it is trained: 3×3 convolutions, pooling, batch norm with GELU; others get PyTorch's.
 
 Convolutions by Winograd's algorithm F(2×2, 3×3) (Lavin & Gray 2016, arXiv 1509.09308), which takes 4 multiplications
 where the definition has 9. Its transforms are rounded to the images' type, so results differ from PyTorch's by
@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sequencer2d.native.choice import computing_dtype, is_plain, ready
+from sequencer2d.native.choice import computing_dtype, is_plain, is_unobserved, ready
 from sequencer2d.native.library import CONVOLUTIONS, POOLINGS, kernel
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of images that are pooled and normed by the kernel."""
 
 CHANNELS = 64
 """Channels of a convolution are a multiple of it for the kernel."""
@@ -49,7 +52,7 @@ def pools(backend: str, x: Tensor, module: nn.MaxPool2d) -> bool:
     return (
         _trains_here(backend, x)
         and kernel().name in POOLINGS
-        and x.dtype == computing_dtype(x) == torch.bfloat16
+        and x.dtype in DTYPES
         and (module.kernel_size, module.stride, module.padding, module.dilation) == (2, 2, 0, 1)
         and x.shape[1] % 16 == x.shape[2] % 2 == x.shape[3] % 2 == 0
     )
@@ -58,6 +61,40 @@ def pools(backend: str, x: Tensor, module: nn.MaxPool2d) -> bool:
 def max_pool(x: Tensor) -> Tensor:
     """The largest of 2×2 pixels: `[B, C, H, W]` to `[B, C, H/2, W/2]`."""
     return _MaxPool.apply(x)  # type: ignore[return-value]
+
+
+def norms(backend: str, x: Tensor, norm: nn.Module, activation: nn.Module) -> bool:
+    """Whether the kernel takes `activation(norm(x))` at once, batch norm and GELU; else they are for PyTorch."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and type(activation) is nn.GELU
+        and norm.affine
+        and _trains_here(backend, x, norm.weight, norm.bias)
+        and x.dtype in DTYPES
+        and x.shape[1] == norm.num_features < x.numel()
+        and norm.weight.dtype == torch.float32
+        and norm.training
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and activation.approximate == "none"
+        and is_unobserved(norm, activation)
+    )
+
+
+def norm_gelu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """GELU of the batch norm of `[B, C, H, W]`, of the same shape; the norm's running statistics follow."""
+    statistics = torch.empty(2, norm.num_features, dtype=torch.float32, device="cpu")
+    y = _NormGelu.apply(x, norm.weight, norm.bias, norm.eps, statistics)
+    assert norm.num_batches_tracked is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
+    mean, variance = statistics
+    pixels = x.numel() // norm.num_features
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance * (pixels / (pixels - 1)), norm.momentum)
+    return y  # type: ignore[return-value]
 
 
 def _trains_here(backend: str, x: Tensor, *parameters: Tensor) -> bool:
@@ -91,7 +128,7 @@ class _Convolution(torch.autograd.Function):
             grad_x = _image(x, *x.shape)
             kernel().convolve(weight.float().contiguous(), grad, grad_x, backward=True)
         if ctx.needs_input_grad[1]:
-            transformed = torch.empty(16, *weight.shape[:2], dtype=torch.float32)
+            transformed = torch.empty(16, *weight.shape[:2], dtype=torch.float32, device="cpu")
             kernel().convolution_gradient(x, grad, transformed)
             taps = (_weight_transform().t() @ transformed.flatten(1)).view(3, 3, *weight.shape[:2])
             grad_weight = taps.permute(2, 3, 0, 1).to(weight.dtype).contiguous()
@@ -118,9 +155,30 @@ class _MaxPool(torch.autograd.Function):
         return grad_x
 
 
+class _NormGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, statistics: Tensor
+    ) -> Tensor:
+        y = _image(x, *x.shape)
+        kernel().batch_norm_forward(x, weight, bias, epsilon, y, statistics)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.epsilon = epsilon
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, statistics = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grads = _image(x, *x.shape), torch.empty_like(weight), torch.empty_like(bias)
+        kernel().batch_norm_backward(x, weight, bias, ctx.epsilon, statistics, grad, *grads)
+        return *grads, None, None
+
+
 def _image(like: Tensor, *size: int) -> Tensor:
     """An empty `[B, C, H, W]` of the same dtype, channels-last."""
-    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=like.dtype, device="cpu", memory_format=torch.channels_last)
 
 
 @cache

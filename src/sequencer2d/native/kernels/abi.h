@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define SEQUENCER2D_ABI 8 // one more with every change of this file
+#define SEQUENCER2D_ABI 9 // one more with every change of this file
 
 enum ValueType { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -72,6 +72,33 @@ struct NormBackwardTensors {
     const void* grad_sum;    // residual values, or null for 0
     void* grad_x;            // residual values, out
     void* grad_branch;       // values, out; or null
+    float* grad_weight;      // [C], out
+    float* grad_bias;        // [C], out
+};
+
+// Batch norm in training and GELU of it: y = gelu(norm(x)), of N pixels, channels-last.
+struct BatchNormProblem {
+    int64_t pixels, channels;
+    int32_t type;    // of the values
+    int32_t threads; // at most so many
+    float epsilon;
+};
+
+struct BatchNormForwardTensors {
+    const void* x;       // [N, C] values
+    const float* weight; // [C]
+    const float* bias;   // [C]
+    void* y;             // [N, C] values, out
+    float* statistics;   // [2, C], out: mean and variance
+};
+
+struct BatchNormBackwardTensors {
+    const void* x;           // [N, C] values
+    const float* weight;     // [C]
+    const float* bias;       // [C]
+    const float* statistics; // [2, C]
+    const void* grad_y;      // [N, C] values
+    void* grad_x;            // [N, C] values, out
     float* grad_weight;      // [C], out
     float* grad_bias;        // [C], out
 };
@@ -142,6 +169,7 @@ struct Convolution {
 struct Pooling {
     int64_t batch, height, width; // of the larger image, even
     int64_t channels;             // a multiple of 16
+    int32_t type;                 // of the values
     int32_t threads;              // at most so many
 };
 
@@ -158,13 +186,15 @@ struct Kernel {
     int (*norm_backward)(const NormProblem&, const NormBackwardTensors&);
     // y = gelu(x); with grad_y also grad_x. y may be x; `count` values of one type.
     void (*gelu)(int type, int threads, int64_t count, const void* x, void* y, const void* grad_y, void* grad_x);
+    int (*batch_norm_forward)(const BatchNormProblem&, const BatchNormForwardTensors&);
+    int (*batch_norm_backward)(const BatchNormProblem&, const BatchNormBackwardTensors&);
     int64_t (*packed_int8_bytes)(int64_t inputs, int64_t outputs);                            //
     void (*pack_int8)(int64_t inputs, int64_t outputs, const int8_t* weights, int8_t* packed); // [outputs, inputs]
     int (*project)(const Int8Project&);
     int (*finish)(const Int8Finish&);
     // Null where a library does it better, as the following are.
     int (*weight_gradient)(const WeightGradient&);
-    void (*pool)(const Pooling&, const void* x, void* y, uint8_t* chosen); // bfloat16; chosen, out: which pixel, 0 to 3
+    void (*pool)(const Pooling&, const void* x, void* y, uint8_t* chosen); // chosen, out: which pixel, 0 to 3
     void (*pool_gradient)(const Pooling&, const void* grad_y, const uint8_t* chosen, void* grad_x);
     // weight: [outputs, inputs, 3, 3]; packed: 16 * inputs * outputs values, for `convolve`, where `backward` with the
     // gradient of y in the place of x, and inputs and outputs exchanged

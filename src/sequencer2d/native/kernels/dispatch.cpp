@@ -87,6 +87,16 @@ EXPORT int sequencer2d_norm_backward(int kernel, const NormProblem* problem, con
     return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->norm_backward(*problem, *tensors) : kNoSuchKernel;
 }
 
+EXPORT int sequencer2d_batch_norm_forward(int kernel, const BatchNormProblem* problem,
+                                          const BatchNormForwardTensors* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->batch_norm_forward(*problem, *tensors) : kNoSuchKernel;
+}
+
+EXPORT int sequencer2d_batch_norm_backward(int kernel, const BatchNormProblem* problem,
+                                           const BatchNormBackwardTensors* tensors) {
+    return sequencer2d_kernel_runs_here(kernel) ? kernels[kernel]->batch_norm_backward(*problem, *tensors) : kNoSuchKernel;
+}
+
 EXPORT int sequencer2d_gelu(int kernel, int type, int threads, int64_t count, const void* x, void* y,
                             const void* grad_y, void* grad_x) {
     if (!sequencer2d_kernel_runs_here(kernel)) return kNoSuchKernel;

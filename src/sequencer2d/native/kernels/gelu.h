@@ -42,6 +42,18 @@ struct Normal { // at -x, for x >= 0
     }
 };
 
+template <bool Exact>
+struct GeluOf { // of x, and its derivative there; what is not used is not computed
+    Vec value, slope;
+    __attribute__((always_inline)) inline explicit GeluOf(Vec x) {
+        const Vec size = clamp(absolute(x), 0, Exact ? 20 : 8);
+        const Normal<Exact> tail(size);
+        value = clamp(x, 0, __builtin_inff()) - size * tail.area;
+        const Vec above = clamp(x * Vec::broadcast(1e38f), 0, 1); // 1 where x > 0
+        slope = multiply_add(Vec::broadcast(1) - above - above, tail.area - size * tail.density, above);
+    }
+};
+
 template <class Value>
 struct Gelu {
     static constexpr bool exact = sizeof(Value) == sizeof(float);
@@ -70,14 +82,9 @@ struct Gelu {
     }
 
     __attribute__((always_inline)) inline void run_vector(int64_t i, const int lanes) const {
-        const Vec v = load(x + i, lanes), size = clamp(absolute(v), 0, exact ? 20 : 8);
-        const Normal<exact> tail(size);
-        store(y + i, clamp(v, 0, __builtin_inff()) - size * tail.area, lanes);
-        if (grad_y) {
-            const Vec above = clamp(v * Vec::broadcast(1e38f), 0, 1); // 1 where x > 0
-            const Vec slope = tail.area - size * tail.density;        // where it is not
-            store(grad_x + i, load(grad_y + i, lanes) * multiply_add(Vec::broadcast(1) - above - above, slope, above), lanes);
-        }
+        const GeluOf<exact> gelu(load(x + i, lanes));
+        if (grad_y) store(grad_x + i, load(grad_y + i, lanes) * gelu.slope, lanes);
+        store(y + i, gelu.value, lanes);
     }
 };
 

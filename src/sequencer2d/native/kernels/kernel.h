@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward.h"
+#include "batch_norm.h"
 #include "forward.h"
 #include "gelu.h"
 #include "int8.h"
@@ -10,8 +11,10 @@
 #ifdef __AVX2__
 #include "winograd.h"
 #endif
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include "pooling.h"
+#endif
+#ifdef __AVX512BF16__
 #include "weight_gradient.h"
 #endif
 
@@ -82,16 +85,25 @@ constexpr Kernel make_kernel(const char* name, bool (*runs_here)()) {
             type == kFloat32 ? Gelu<float>::run(threads, count, x, y, grad_y, grad_x)
                              : Gelu<bfloat16>::run(threads, count, x, y, grad_y, grad_x);
         },
+        [](const BatchNormProblem& p, const BatchNormForwardTensors& t) {
+            return p.type == kFloat32 ? BatchNorm<float>(p, t.x).forward(t) : BatchNorm<bfloat16>(p, t.x).forward(t);
+        },
+        [](const BatchNormProblem& p, const BatchNormBackwardTensors& t) {
+            return p.type == kFloat32 ? BatchNorm<float>(p, t.x).backward(t) : BatchNorm<bfloat16>(p, t.x).backward(t);
+        },
         packed_int8_bytes,
         pack_int8,
         project,
         finish,
 #ifdef __AVX512BF16__
         weight_gradient,
+#else
+        nullptr,
+#endif
+#ifdef __AVX512F__
         pool,
         pool_gradient,
 #else
-        nullptr,
         nullptr,
         nullptr,
 #endif

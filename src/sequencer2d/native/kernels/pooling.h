@@ -1,4 +1,4 @@
-// Max pooling of 2×2 pixels of channels-last bfloat16. Which pixel was the largest is kept in a byte, so that the gradient
+// Max pooling of 2×2 pixels, channels-last. Which pixel was the largest is kept in a byte, so that the gradient
 // writes every pixel once; PyTorch's fills with zeros first, which takes longer than all the rest.
 #pragma once
 
@@ -6,18 +6,19 @@
 
 namespace {
 
+template <class Value>
 class Pool {
   public:
     explicit Pool(const Pooling& problem) : problem(problem), C(problem.channels), columns(problem.width / 2) {}
 
-    void forward(const bfloat16* x, bfloat16* y, uint8_t* chosen) {
+    void forward(const Value* x, Value* y, uint8_t* chosen) {
         const auto body = [&](int64_t row) {
-            const bfloat16* upper = x + 2 * row * problem.width * C;
-            const bfloat16* lower = upper + problem.width * C;
+            const Value* upper = x + 2 * row * problem.width * C;
+            const Value* lower = upper + problem.width * C;
             for (int64_t column = 0; column < columns; ++column)
                 for (int64_t c = 0; c < C; c += Vec::lanes) {
                     const int64_t from = 2 * column * C + c, to = (row * columns + column) * C + c;
-                    const bfloat16* pixels[4] = {upper + from, upper + from + C, lower + from, lower + from + C};
+                    const Value* pixels[4] = {upper + from, upper + from + C, lower + from, lower + from + C};
                     __m512 largest = load(pixels[0], Vec::lanes).v;
                     __m512i which = _mm512_setzero_si512();
                     UNROLL for (int i = 1; i < 4; ++i) {
@@ -35,20 +36,20 @@ class Pool {
         for_each_row(body);
     }
 
-    void backward(const bfloat16* grad_y, const uint8_t* chosen, bfloat16* grad_x) {
+    void backward(const Value* grad_y, const uint8_t* chosen, Value* grad_x) {
         const auto body = [&](int64_t row) {
-            bfloat16* upper = grad_x + 2 * row * problem.width * C;
-            bfloat16* lower = upper + problem.width * C;
+            Value* upper = grad_x + 2 * row * problem.width * C;
+            Value* lower = upper + problem.width * C;
             for (int64_t column = 0; column < columns; ++column)
                 for (int64_t c = 0; c < C; c += Vec::lanes) {
                     const int64_t to = 2 * column * C + c, from = (row * columns + column) * C + c;
-                    bfloat16* pixels[4] = {upper + to, upper + to + C, lower + to, lower + to + C};
-                    const __m256i grad = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(grad_y + from));
-                    const __m256i which =
-                        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chosen + from)));
+                    Value* pixels[4] = {upper + to, upper + to + C, lower + to, lower + to + C};
+                    const __m512 grad = load(grad_y + from, Vec::lanes).v;
+                    const __m512i which =
+                        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(chosen + from)));
                     UNROLL for (int i = 0; i < 4; ++i) {
-                        const __mmask16 its = _mm256_cmpeq_epi16_mask(which, _mm256_set1_epi16(static_cast<short>(i)));
-                        _mm256_storeu_si256(reinterpret_cast<__m256i*>(pixels[i]), _mm256_maskz_mov_epi16(its, grad));
+                        const __mmask16 its = _mm512_cmpeq_epi32_mask(which, _mm512_set1_epi32(i));
+                        store(pixels[i], Vec{_mm512_maskz_mov_ps(its, grad)}, Vec::lanes);
                     }
                 }
         };
@@ -69,11 +70,17 @@ class Pool {
 };
 
 inline void pool(const Pooling& problem, const void* x, void* y, uint8_t* chosen) {
-    Pool(problem).forward(static_cast<const bfloat16*>(x), static_cast<bfloat16*>(y), chosen);
+    if (problem.type == kFloat32)
+        Pool<float>(problem).forward(static_cast<const float*>(x), static_cast<float*>(y), chosen);
+    else
+        Pool<bfloat16>(problem).forward(static_cast<const bfloat16*>(x), static_cast<bfloat16*>(y), chosen);
 }
 
 inline void pool_gradient(const Pooling& problem, const void* grad_y, const uint8_t* chosen, void* grad_x) {
-    Pool(problem).backward(static_cast<const bfloat16*>(grad_y), chosen, static_cast<bfloat16*>(grad_x));
+    if (problem.type == kFloat32)
+        Pool<float>(problem).backward(static_cast<const float*>(grad_y), chosen, static_cast<float*>(grad_x));
+    else
+        Pool<bfloat16>(problem).backward(static_cast<const bfloat16*>(grad_y), chosen, static_cast<bfloat16*>(grad_x));
 }
 
 } // namespace
