@@ -16,6 +16,7 @@ from PIL import Image
 from sequencer2d.benchmarking import comparison
 from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.cli import DONE, PROBLEM, STOPPED, VERBS, WRONG_INPUT, main
+from sequencer2d.verbs import VerbParser
 from sequencer2d.zoo import list_models
 
 TINY = [
@@ -83,6 +84,26 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text there")
+@pytest.mark.parametrize("extension", ["jsonl", "csv"])
+def test_a_name_that_is_no_text_ends_no_prediction(
+    extension: str, run_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    image = next((run_dir / "samples").glob("*.png")).read_bytes()
+    for name in (b"a.png", b"b\xff.png", b"c.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(image)
+    (tmp_path / os.fsdecode(b"\xffbad.png")).write_bytes(image[:60])
+    output = tmp_path / f"p.{extension}"
+    assert main(["predict", str(run_dir), str(tmp_path), "--output", str(output)]) == PROBLEM
+    assert len(capfd.readouterr().out.splitlines()) == 4
+    text = output.read_text()
+    assert r"b\udcff.png" in text
+    assert r"\udcffbad.png" in text
+    if extension == "jsonl":
+        paths = [json.loads(line)["path"] for line in text.splitlines()]
+        assert [Path(path).read_bytes()[:4] for path in paths] == [image[:4]] * 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
@@ -100,7 +121,9 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
         (["predict", "nowhere", "x.png"], "nowhere"),
         (["predict"], "paths"),
         (["predict", "runs/digits"], "runs/digits is no image"),
+        (["predict", "x.png", "--output", "nowhere/at/all.csv"], "nowhere/at: no such folder"),
         (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "sequencer2d_s", "--json", "nowhere/at/all.json"], "nowhere/at: no such folder"),
         (["models", "--nothing"], "--nothing"),
         (["prepare", "cifar10"], "root"),
         (["prepare", "cifar", "--root", "data"], "did you mean cifar10?"),
@@ -113,6 +136,7 @@ def test_predict_prints_top_k_and_goes_on_after_a_bad_file(
         (["check", "cifar10"], "cifar10"),
         (["check", "imagenet"], "root"),
         (["check", ".", "--workers", "-1"], "--workers -1"),
+        (["check", ".", "--json", "nowhere/at/all.json"], "nowhere/at: no such folder"),
         (["benchmark", "--against", "tim"], "no contender 'tim': did you mean timm?"),
         (["benchmark", "--mode", "train", "--against", "openvino"], "openvino cannot train"),
         (["benchmark", "--mode", "test"], "mode"),
@@ -152,6 +176,33 @@ def test_train_tells_which_options_were_given(monkeypatch: pytest.MonkeyPatch, t
     options = ["--config", str(tmp_path / "mine.yaml"), "--log-every=10", "--optim.clip-grad-norm", "1"]
     assert main(["train", "--resume", "somewhere", *options]) == WRONG_INPUT
     assert asked == [(10, {"resume", "seed", "log_every", "optim"})]
+
+
+@pytest.mark.parametrize("options", [[], ["--resume", "auto"], ["--resume=never"], ["--resume", "somewhere"]], ids=str)
+def test_without_data_the_digits_are_trained_unless_a_run_is_named(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sequencer2d.training import run
+    from sequencer2d.training.config import TrainConfig
+
+    asked: list[TrainConfig] = []
+
+    def train(config: TrainConfig, given: set[str]) -> None:
+        asked.append(config)
+        raise ValueError
+
+    monkeypatch.setattr(run, "train", train)
+    assert main(["train", *options]) == WRONG_INPUT
+    epochs = TrainConfig().epochs
+    assert asked[0].epochs == epochs if "somewhere" in options else asked[0].epochs < epochs
+
+
+def test_what_stands_behind_two_hyphens_is_no_option() -> None:
+    parser = VerbParser("sequencer2d")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("paths", nargs="+")
+    options = parser.parse_args(["--top-k", "3", "--", "--my-photo.jpg"])
+    assert (options.top_k, options.paths) == (3, ["--my-photo.jpg"])
 
 
 @pytest.mark.parametrize("verb", list(VERBS))

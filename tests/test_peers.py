@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sequencer2d.registry  # noqa: F401 - our variants are known to timm then
+from runs import make_images
 from sequencer2d.adapters import ModelFileError
+from sequencer2d.evaluation import evaluate
 from sequencer2d.layers import Conv3x3, ConvPatchEmbed
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import ConvStem, Peer, PeerConfig, usual_input
@@ -99,6 +101,29 @@ def test_a_small_stem_keeps_the_resolution(name: str) -> None:
     assert kernel.shape[-2:] == (3, 3)
     fan_out = kernel[:, 0].numel()
     assert kernel.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "size", "message"),
+    [
+        ("vit_tiny_patch16_224", SMALL_VIT, 40, r"image_size=40: timm/vit_tiny_patch16_224 .* for 32 pixels .*dynamic"),
+        ("vit_tiny_patch16_224", SMALL_VIT | {"dynamic_img_size": True}, 42, "image_size=42 is no multiple of 4"),
+        ("vit_tiny_patch16_224", SMALL_VIT | {"dynamic_img_size": True}, 40, None),
+        ("vit_tiny_patch16_224", SMALL_VIT, 32, None),
+        ("test_resnet", {}, 41, None),
+    ],
+)
+def test_evaluation_at_another_size_says_what_a_model_takes(
+    name: str, args: dict[str, Any], size: int, message: str | None, tmp_path: Path
+) -> None:
+    peer = Peer(config(name, **args))
+    save_model(peer, card(peer), tmp_path / "model.safetensors")
+    options: dict[str, Any] = {"data": str(make_images(tmp_path / "colours")), "image_size": size}
+    if message is None:
+        assert evaluate(tmp_path / "model.safetensors", **options).image_size == size
+    else:
+        with pytest.raises(ValueError, match=message):
+            evaluate(tmp_path / "model.safetensors", **options)
 
 
 def test_our_stem_stands_before_their_blocks() -> None:

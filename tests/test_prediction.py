@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,6 +97,14 @@ def test_top_k_is_as_asked_and_at_least_one(model_file: Path, folder: Path) -> N
         next(predict(model_file, [folder / "0.png"], top_k=0))
 
 
+def test_weights_without_a_classifier_answer_nothing(
+    tmp_path: Path, tiny_config: SequencerConfig, folder: Path
+) -> None:
+    torch.save(Sequencer2D(replace(tiny_config, num_classes=0)).state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"bare\.pth has weights without a classifier"):
+        next(predict(tmp_path / "bare.pth", [folder]))
+
+
 def test_flips_make_left_and_right_the_same(model_file: Path, tmp_path: Path, photo: Image.Image) -> None:
     photo.save(tmp_path / "photo.png")
     photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
@@ -149,6 +158,13 @@ def test_a_parquet_file_has_the_columns_of_the_csv_and_grows_by_groups(
         assert row == {name: "" if value is None else str(value) for name, value in written.items()}
     write_predictions([], tmp_path / "none.parquet")
     assert parquet.read_table(tmp_path / "none.parquet").num_rows == 0
+
+
+def test_a_name_that_is_no_text_is_written_to_parquet(parquet: Any, tmp_path: Path) -> None:
+    answer = Prediction(path="b\udcff.png", error="b\udcff.png: not an image")
+    write_predictions([answer], tmp_path / "out.parquet")
+    (row,) = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert row["path"] == r"b\udcff.png"
 
 
 def test_an_interrupted_parquet_file_is_not_there(

@@ -116,7 +116,7 @@ def test_loading_nothing_names_the_path(tmp_path: Path) -> None:
 
 def test_loading_an_unfinished_run_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors; .*--run-dir"):
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors; .*train --resume "):
         load_model(tmp_path)
 
 

@@ -234,7 +234,7 @@ def _read(path: Path) -> Any:
         start = file.read(2)
     if not start:
         raise ModelFileError(f"{path} is empty")
-    if not is_pickle(start):
+    if path.suffix == ".safetensors" or not is_pickle(start):  # a header of some lengths begins like a pickle
         try:
             return load_file(path)
         except SafetensorError as error:

@@ -18,7 +18,7 @@ from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.inference import answer
 from sequencer2d.model import Sequencer2D
-from sequencer2d.peers import Classifier
+from sequencer2d.peers import Classifier, Peer
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.quantization import quantize
 from sequencer2d.weights import ModelCard, load_model
@@ -94,12 +94,14 @@ def evaluate(
 
     Raises:
         FileNotFoundError, ModelFileError, ValueError: The model, the data or the split is missing, or their classes
-            differ; `image_size` is below 1.
+            differ; `image_size` is below 1, or one that the model does not take.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size} must be at least 1")
     network, card = load_model(model)
     preprocessing = replace(card.preprocessing, image_size=image_size or card.preprocessing.image_size)
+    if isinstance(network, Peer):
+        _check_size(network, preprocessing.image_size)
     trained = card.training
     if data is None and "data" not in trained:
         raise ValueError(f"{model} does not say what it was trained on; give --data")
@@ -133,6 +135,17 @@ def evaluate(
             progress=progress,
         )
     return replace(evaluation, precision=precision)
+
+
+def _check_size(peer: Peer, image_size: int) -> None:
+    name = f"timm/{peer.config.name}"
+    if peer.fixed_size and image_size != peer.config.image_size:
+        raise ValueError(
+            f"image_size={image_size}: {name} was trained for {peer.config.image_size} pixels and takes no others; a "
+            "vision transformer that does is trained with --model-args.dynamic_img_size true"
+        )
+    if image_size % peer.stride:
+        raise ValueError(f"image_size={image_size} is no multiple of {peer.stride}, which {name} needs")
 
 
 def calibration_images(images: ImageSet, preprocessing: Preprocessing, count: int = 128) -> Float[Tensor, "N C H W"]:

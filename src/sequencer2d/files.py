@@ -13,9 +13,12 @@ _UNFINISHED = ".unfinished"
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file at once, as `atomic_file` does."""
+    """Writes a file at once, as `atomic_file` does.
+
+    In the place of what is no text, such as parts of a file's name, stands its escape, as JSON has it.
+    """
     with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 @contextmanager

@@ -46,11 +46,13 @@ def predict(
 
     Raises:
         FileNotFoundError, ModelFileError: There is no such model. (Images raise nothing: see `Prediction.error`.)
-        ValueError: `top_k` or `batch_size` is below 1.
+        ValueError: `top_k` or `batch_size` is below 1, or the model has no classes.
     """
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1")
     network, card = load_model(model)
+    if not card.class_names:
+        raise ValueError(f"{model} has weights without a classifier; fine-tune it: sequencer2d train --weights {model}")
     transform = EvalTransform(card.preprocessing)
     top_k = min(top_k, len(card.class_names))
     files = _files(paths)
@@ -158,6 +160,11 @@ def _rows(predictions: Iterable[Prediction]) -> Iterator[Row]:
             yield prediction.path, rank, name, probability, None
 
 
+def _text(name: str) -> str:
+    """A file's name with escapes in the place of what is no text."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def _write_parquet(predictions: Iterable[Prediction], path: Path) -> None:
     try:
         import pyarrow
@@ -170,6 +177,7 @@ def _write_parquet(predictions: Iterable[Prediction], path: Path) -> None:
     with atomic_file(path) as file, parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, ROW_GROUP)):
             columns = [
-                pyarrow.array(column, kind) for column, kind in zip(zip(*group, strict=True), kinds, strict=True)
+                pyarrow.array([_text(value) if isinstance(value, str) else value for value in column], kind)
+                for column, kind in zip(zip(*group, strict=True), kinds, strict=True)
             ]
             writer.write_table(pyarrow.table(columns, schema))

@@ -33,7 +33,8 @@ class VerbParser(ArgumentParser):
         raise SystemExit(2)
 
     def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
-        return super().parse_args([_underscored(argument) for argument in args], **kwargs)
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_args([*map(_underscored, args[:end]), *args[end:]], **kwargs)
 
     def options_first(self, arguments: list[str]) -> list[str]:
         """The arguments with options and their values moved ahead of the others, which may then stand anywhere."""
@@ -70,14 +71,14 @@ def train(arguments: list[str]) -> int:
     add_config_options(parser)
     seeds_help = "train with each of these seeds, such as 0,1,2, and sum up"
     parser.add_argument("--seeds", type=str | None, default=None, help=seeds_help)
-    names = {argument.partition("=")[0] for argument in arguments}
-    if not {"--config", "--data", "--resume"} & names:
-        arguments = ["--config", "digits", *arguments]
     for position, argument in enumerate(arguments):
         if argument == "--config" and position + 1 < len(arguments):
             arguments[position + 1] = str(find_recipe(arguments[position + 1]))
         elif argument.startswith("--config="):
             arguments[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
+    named = parser.parse_args(arguments, defaults=False).as_dict()
+    if not {"config", "data"} & set(named) and named.get("resume", "auto") in ("auto", "never"):
+        arguments = ["--config", str(find_recipe("digits")), *arguments]
     options = parser.parse_args(arguments)
     given = set(parser.parse_args(arguments, defaults=False).as_dict()) - {"config", "seeds"}
     del options["config"]
@@ -140,9 +141,8 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--json", type=str | None, default=None, help="file to write everything to, as JSON")
     options = parser.parse_args(arguments).as_dict()
     json_file = options.pop("json")
+    _check_folder("json", json_file)
     result = run_evaluation(**options)
-    if json_file:
-        write_atomic(Path(json_file), json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
     console = Console()
     table = Table("class", "images", "recall", "precision", title=f"{result.data}, {result.split}")
     for row in result.per_class:
@@ -154,7 +154,9 @@ def evaluate(arguments: list[str]) -> int:
         f"{' and their mirror images' if result.flips else ''}, {result.precision}"
     )
     for message in result.skipped:
-        print(f"skipped: {message}", file=sys.stderr)
+        print(f"skipped: {_printable(message)}", file=sys.stderr)
+    if json_file:
+        write_atomic(Path(json_file), json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
     return PROBLEM if result.skipped else DONE
 
 
@@ -182,6 +184,7 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--flips", action="store_true", help=_FLIPS_HELP)
     parser.add_argument("--output", type=str | None, default=None, help="file to write to: .jsonl, .csv or .parquet")
     options = parser.parse_args(parser.options_first(arguments))
+    _check_folder("output", options.output)
     model, paths = model_and_paths([*filter(None, [options.model]), *options.paths])
     if model is None:
         model = DEFAULT_MODEL
@@ -197,7 +200,8 @@ def predict(arguments: list[str]) -> int:
         for prediction in run_prediction(model, paths, **settings):
             failed += prediction.error is not None
             classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
-            print(f"error: {prediction.error}" if prediction.error else f"{prediction.path}: {classes}", flush=True)
+            line = f"error: {prediction.error}" if prediction.error else f"{prediction.path}: {classes}"
+            print(_printable(line), flush=True)
             yield prediction
 
     if options.output:
@@ -287,13 +291,14 @@ def check(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 0:
         raise ValueError(f"--workers {options.workers} must be at least 0")
+    _check_folder("json", options.json)
     _log_to_screen()
     folder = find_folder(options.data, root=options.data_root)
     with _progress_bar("images") as advance:
         report = check_folder(folder, workers=options.workers, cache=not options.no_cache, progress=advance)
+    _print_report(report)
     if options.json:
         write_atomic(Path(options.json), json.dumps(report.to_dict(), indent=2))
-    _print_report(report)
     if report.findings and not options.json:
         print("--json FILE lists every file")
     return PROBLEM if report.wrong else DONE
@@ -331,6 +336,12 @@ def _print_report(report: "Report", examples: int = 3) -> None:
     known = f", {report.num_cached:,} of them known from an earlier check" if report.num_cached else ""
     verdict = "something is wrong" if report.wrong else "nothing is wrong"
     print(f"{report.num_images:,} images checked{known}: {verdict}")
+
+
+def _check_folder(option: str, file: str | None) -> None:
+    """Raises FileNotFoundError before minutes of work where the file that it is written to would have no folder."""
+    if file and not Path(file).parent.is_dir():
+        raise FileNotFoundError(f"--{option} {file}: {Path(file).parent}: no such folder; make it first")
 
 
 def _printable(text: str) -> str:
@@ -442,8 +453,7 @@ def benchmark(arguments: list[str]) -> int:
     parser.add_argument("--json", type=str | None, default=None, help=json_help)
     options = parser.parse_args(arguments).as_dict()
     json_file = options.pop("json")
-    if json_file and not Path(json_file).parent.is_dir():  # told before minutes of measuring
-        raise FileNotFoundError(f"--json {json_file}: {Path(json_file).parent}: no such folder; make it first")
+    _check_folder("json", json_file)
     _log_to_screen()
     found = run_benchmark(**options)
     if json_file:

@@ -347,8 +347,8 @@ def find_model_file(source: str | Path, *, instead: str = "the path of the local
         path = model_in_folder(path) or path / "model.safetensors"
         if not path.is_file():
             raise FileNotFoundError(
-                f"{source} holds no model.safetensors; a run writes it when its training ends "
-                "(continue a stopped run with `sequencer2d train --run-dir …`)"
+                f"{source} holds no model.safetensors; a run writes it at its first validation "
+                f"(continue a stopped run: sequencer2d train --resume {source})"
             )
     if not text or not path.is_file():
         raise FileNotFoundError(

@@ -97,6 +97,17 @@ def test_mixing_can_be_left_out_and_smoothing_stays() -> None:
     assert torch.allclose(targets, 0.9 * torch.eye(4) + 0.1 / 4)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_the_gpu_in_use_is_seeded_too(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stochastic depth and the noise of erasing draw from it."""
+    states: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: there)
+    monkeypatch.setattr(torch.cuda, "manual_seed", states.append)
+    seed_generators(3, 1)
+    seed_generators(3, 2)
+    assert len(set(states)) == 2 * there
+
+
 def test_mix_prob_is_the_share_of_mixed_batches() -> None:
     seed_generators(0)
     pairs = [mix(4, 4, mixup_alpha=1.0, mix_prob=0.3) for _ in range(300)]

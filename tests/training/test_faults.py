@@ -27,6 +27,7 @@ from sequencer2d.training import callbacks
 from sequencer2d.training.checkpoints import newest_checkpoint
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.faults import TrainingError, explained, load_fault
+from sequencer2d.training.finetune_config import FinetuneConfig
 from sequencer2d.training.run import replay_fault, train
 from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import load_model
@@ -83,8 +84,14 @@ def test_numbers_out_of_range_stop_with_a_diagnosis_and_what_led_to_them(
     assert train(config).finished
 
 
-def test_a_kept_fault_can_be_replayed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frozen", ["none", "stem", "stages.0"])
+def test_a_kept_fault_can_be_replayed(
+    frozen: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The same weights, images and random numbers: the same loss, which then was made infinite."""
+    if frozen != "none":
+        donor = str(train(replace(config, epochs=1, run_dir=str(tmp_path / "donor"))).run_dir)
+        config = replace(config, weights=donor, finetune=FinetuneConfig(freeze=frozen))
     seen: list[float] = []
     original = torch.nn.functional.cross_entropy
 

@@ -161,6 +161,30 @@ def test_so_does_one_with_all_that_fine_tuning_has(
     assert len(tables[0]) == len(tables[1]) == len(rows(tmp_path / "run")) + 1
 
 
+def test_it_does_so_without_the_weights_that_it_began_with(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = train(replace(config, epochs=1, run_dir=str(tmp_path / "donor"))).run_dir
+    tuned = replace(config, weights=str(donor), finetune=FinetuneConfig(freeze="stem"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        stopped = train(tuned)
+    donor.rename(tmp_path / "elsewhere")
+    assert train(TrainConfig(resume=str(stopped.run_dir)), {"resume"}).finished
+    (tmp_path / "elsewhere").rename(donor)
+    train(replace(tuned, run_dir=str(tmp_path / "whole")))
+    assert rows(stopped.run_dir) == rows(tmp_path / "whole")
+
+
+def test_a_run_that_ends_inside_an_epoch_is_validated_there(config: TrainConfig) -> None:
+    optim = replace(config.optim, cooldown_epochs=0.5)
+    result = train(replace(config, epochs=2, optim=optim, accumulate=1))
+    validations = [row for row in rows(result.run_dir) if "valid_acc" in row]
+    assert [row["epoch"] for row in validations] == pytest.approx([1, 2, 2.5], abs=0.2)
+    assert validations[-1]["epoch"] > 2
+    assert load_model(result.run_dir / "last.safetensors")[1].training["updates"] == result.updates
+
+
 @pytest.mark.parametrize("begun", [False, True])
 @pytest.mark.parametrize(("owner", "name"), [(SequencerTask, "configure_optimizers"), (_FitLoop, "setup_data")])
 def test_asked_to_stop_before_the_first_update_a_run_stops_and_can_go_on(

@@ -92,8 +92,11 @@ _CACHED_FLOATS = 2**17
 
 
 def seed_generators(*seed: int) -> None:
-    """Seeds the three global generators that augmentation draws from by some numbers ≥ 0, and no device's."""
+    """Seeds the global generators that training draws from by some numbers ≥ 0: Python's, NumPy's, PyTorch's for CPU
+    and the GPU in use."""
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
     torch.default_generator.manual_seed(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(state)

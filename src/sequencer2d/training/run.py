@@ -142,7 +142,7 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
         raise ValueError(f"{data.name} has too few readable images; `sequencer2d check` names the others")
     if num_val < ranks.world_size:
         raise ValueError(f"{data.name} has fewer validation images than there are processes, {ranks.world_size}")
-    model = run.create_model()
+    model = run.create_model(begun=begun)
     teacher = load_teacher(config.distill, data.class_names)
     for line in settings:
         log.info("%s", line)
@@ -173,8 +173,9 @@ def replay_fault(path: str | Path) -> list[float]:
         raise ValueError(f"{path} cannot be replayed: the run had a teacher, {config.distill.teacher}")
     model = new_model(config, facts["num_classes"])
     model.load_state_dict(state)
+    freeze(model.train(), config.finetune.freeze)
     ranks = Ranks(rank=facts["rank"])
-    task = SequencerTask(model.train(), config, config.preprocessing, facts["batches_per_epoch"], ranks=ranks)
+    task = SequencerTask(model, config, config.preprocessing, facts["batches_per_epoch"], ranks=ranks)
     losses = []
     for batch, seed in zip(batches, facts["seeds"], strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=facts["precision"] == "bf16-mixed"):
@@ -227,7 +228,8 @@ class _Run:
             return images
         return images.subset([i for i in range(len(images)) if images.name(i) not in self.left_out])
 
-    def create_model(self) -> Classifier:
+    def create_model(self, *, begun: bool) -> Classifier:
+        """A new model with the weights to start from; a run that goes on has its own, in its checkpoint."""
         pl.seed_everything(self.config.seed, verbose=False)  # the same weights on every rank
         model = new_model(self.config, len(self.data.class_names), backend=self.config.backend)
         if isinstance(model, Peer):
@@ -239,7 +241,7 @@ class _Run:
             )
         elif model.config.in_chans != 3:
             raise ValueError(f"model_args.in_chans={model.config.in_chans}, but images are read as RGB; leave it out")
-        if self.config.weights:
+        if self.config.weights and not begun:
             notes = load_weights_into(model, self.config.weights, self.data.class_names)
             log.info("weights from %s%s", self.config.weights, "".join(f"; {note}" for note in notes))
         freeze(model, self.config.finetune.freeze)
@@ -249,9 +251,10 @@ class _Run:
         (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomic(self.run_dir / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
         write_atomic(self.run_dir / "split.json", json.dumps(split_names(self.data)))
-        (self.run_dir / "left_out.json").unlink(missing_ok=True)
         if self.left_out:
             write_atomic(self.run_dir / "left_out.json", json.dumps(self.left_out, indent=2))
+        else:
+            (self.run_dir / "left_out.json").unlink(missing_ok=True)
         environment, path = describe_machine(), self.run_dir / "environment.json"
         if path.exists():
             environment = continued(json.loads(path.read_text()), environment)
@@ -436,7 +439,9 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
-    evaluation, answers = evaluate_images(model, run.config.preprocessing, images, **names)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    workers = run.config.num_workers or 0
+    evaluation, answers = evaluate_images(model, run.config.preprocessing, images, **names, num_workers=workers)
     skipped = tuple(dict.fromkeys([*task.skipped, *evaluation.skipped]))
     scores = {f"{split}_top1": evaluation.top1, f"{split}_loss": evaluation.loss}
     save_model(model, replace(card, training={**card.training, **scores}), path)

@@ -279,7 +279,7 @@ class SequencerTask(pl.LightningModule):
         self.epochs_done = self.current_epoch + (batch_idx + 1) / self.batches_per_epoch
         self.log("images_per_s", self.images_per_s)
         self.log_position()
-        if self.config.max_minutes is not None and self.progress >= 1:
+        if self.progress >= 1:  # perhaps inside an epoch: a last validation comes after it
             self.trainer.should_stop = True
 
     def ends_update(self, batch_idx: int) -> bool:
