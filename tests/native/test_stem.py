@@ -39,7 +39,9 @@ def conv(inputs: int, outputs: int, backend: str = "native", **changes: Any) -> 
     return module
 
 
-def norm_gelu(channels: int, backend: str = "native", activation: nn.Module | None = None, **options: Any) -> Convolutions:
+def norm_gelu(
+    channels: int, backend: str = "native", activation: nn.Module | None = None, **options: Any
+) -> Convolutions:
     norm = nn.BatchNorm2d(channels, **options)
     if norm.affine:
         generator = torch.Generator().manual_seed(1)
