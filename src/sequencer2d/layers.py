@@ -363,7 +363,7 @@ class Convolutions(nn.Sequential):
 
 
 class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d` by a kernel of ours where it is trained on a CPU."""
+    """`nn.Conv2d` by a kernel of ours on a CPU, in bf16 only where it is trained."""
 
     backend = "auto"
 

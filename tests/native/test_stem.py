@@ -220,7 +220,7 @@ def in_autocast(layer: nn.Module, x: Tensor) -> Tensor:
 UNFIT: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "fp64": lambda layer, x: layer.double()(x.double()),
     "channels-first": lambda layer, x: in_autocast(layer, x.contiguous()),
-    "no gradient": lambda layer, x: torch.no_grad()(in_autocast)(layer, x),
+    "no gradient in bf16": lambda layer, x: torch.no_grad()(in_autocast)(layer, x),
     "no batch": lambda layer, x: in_autocast(layer, x[0]),
     "other channels": lambda layer, x: in_autocast(
         conv(24, 64) if isinstance(layer, Conv3x3) else layer,
@@ -277,6 +277,18 @@ def test_hooks_see_norm_and_gelu(part: int) -> None:
 def test_one_pixel_has_no_variance() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         norm_gelu(64)(image(1, 64, 1, 1))
+
+
+def test_inference_in_fp32_is_what_training_computes(kernel_name: str) -> None:
+    module, x = conv(64, 128), image(3, 64, 8, 8, dtype=torch.float32)
+    trained = module(x)
+    theirs = nn.Conv2d.forward(module, x)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            y = module(x)
+        assert torch.equal(y, trained)
+        assert torch.equal(y, theirs) == (kernel_name not in CONVOLUTIONS[torch.float32])
+    assert not is_ours(MaxPool2x2(2)(x.detach()))
 
 
 def test_each_kernel_convolves_what_it_multiplies(kernel_name: str) -> None:

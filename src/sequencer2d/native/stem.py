@@ -1,5 +1,7 @@
 """The convolutional stem where it is trained: 3×3 convolutions, pooling, batch norm with GELU; others get PyTorch's.
 
+Convolutions in fp32 are the kernel's in inference, too.
+
 Convolutions by Winograd's algorithm F(2×2, 3×3) (Lavin & Gray 2016, arXiv 1509.09308), which takes 4 multiplications
 where the definition has 9. Its transforms are rounded to the images' type, so results differ from PyTorch's by
 roundings.
@@ -30,7 +32,8 @@ LEAST_PIXELS = 1024
 def convolves(backend: str, x: Tensor, module: nn.Conv2d) -> bool:
     """Whether the kernel convolves these images by `module`; else it is for PyTorch."""
     return (
-        _trains_here(backend, x, module.weight)
+        _fits(backend, x, module.weight)
+        and (computing_dtype(x) == torch.float32 or _trains(x, module.weight))
         and kernel().name in CONVOLUTIONS.get(computing_dtype(x), ())
         and module.kernel_size == (3, 3)
         and module.stride == module.padding == module.dilation == (1, 1)
@@ -50,7 +53,8 @@ def convolution(x: Tensor, weight: Tensor) -> Tensor:
 def pools(backend: str, x: Tensor, module: nn.MaxPool2d) -> bool:
     """Whether the kernel pools these images as `module` says; else it is for PyTorch."""
     return (
-        _trains_here(backend, x)
+        _fits(backend, x)
+        and _trains(x)
         and kernel().name in POOLINGS
         and x.dtype in DTYPES
         and (module.kernel_size, module.stride, module.padding, module.dilation) == (2, 2, 0, 1)
@@ -69,7 +73,8 @@ def norms(backend: str, x: Tensor, norm: nn.Module, activation: nn.Module) -> bo
         type(norm) is nn.BatchNorm2d
         and type(activation) is nn.GELU
         and norm.affine
-        and _trains_here(backend, x, norm.weight, norm.bias)
+        and _fits(backend, x, norm.weight, norm.bias)
+        and _trains(x, norm.weight, norm.bias)
         and x.dtype in DTYPES
         and x.shape[1] == norm.num_features < x.numel()
         and norm.weight.dtype == torch.float32
@@ -97,17 +102,20 @@ def norm_gelu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     return y  # type: ignore[return-value]
 
 
-def _trains_here(backend: str, x: Tensor, *parameters: Tensor) -> bool:
-    """Whether a gradient is wanted of images that lie as the kernels take them."""
+def _fits(backend: str, x: Tensor, *parameters: Tensor) -> bool:
+    """Whether kernels may run, on images that lie as they take them."""
     return (
-        torch.is_grad_enabled()
-        and ready(backend)
+        ready(backend)
         and is_plain(x, *parameters)
-        and any(tensor.requires_grad for tensor in (x, *parameters))
         and x.dim() == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _trains(*tensors: Tensor) -> bool:
+    """Whether a gradient of any of these is wanted."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 class _Convolution(torch.autograd.Function):
