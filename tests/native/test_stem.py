@@ -212,7 +212,7 @@ def test_other_convolutions_are_pytorchs(changes: dict[str, Any]) -> None:
         assert torch.equal(y, nn.Conv2d.forward(module, image(2, 64, 8, 8)))
 
 
-def in_autocast(layer: nn.Module, x: Tensor) -> Tensor:
+def in_autocast(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return layer(x)
 
@@ -289,6 +289,12 @@ def test_inference_in_fp32_is_what_training_computes(kernel_name: str) -> None:
         assert torch.equal(y, trained)
         assert torch.equal(y, theirs) == (kernel_name not in CONVOLUTIONS[torch.float32])
     assert not is_ours(MaxPool2x2(2)(x.detach()))
+
+
+def test_inference_in_bf16_is_pytorchs() -> None:
+    module, x = conv(64, 128), image(3, 64, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(in_autocast(module, x), in_autocast(partial(nn.Conv2d.forward, module), x))
 
 
 def test_each_kernel_convolves_what_it_multiplies(kernel_name: str) -> None:
