@@ -26,6 +26,7 @@ from sequencer2d.zoo import create_model
 
 CLASSES = ("blue", "green", "red")
 SMALL_VIT: dict[str, Any] = {"patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2}
+GROWING_WITH_STEM = {"conv_stem": [8, 16], "depth": 1, "embed_dim": 16, "num_heads": 2, "dynamic_img_size": True}
 
 
 def config(name: str, image_size: int = 32, **args: Any) -> PeerConfig:
@@ -109,6 +110,8 @@ def test_a_small_stem_keeps_the_resolution(name: str) -> None:
         ("vit_tiny_patch16_224", SMALL_VIT, 40, r"image_size=40: timm/vit_tiny_patch16_224 .* for 32 pixels .*dynamic"),
         ("vit_tiny_patch16_224", SMALL_VIT | {"dynamic_img_size": True}, 42, "image_size=42 is no multiple of 4"),
         ("vit_tiny_patch16_224", SMALL_VIT | {"dynamic_img_size": True}, 40, None),
+        ("vit_tiny_patch16_224", SMALL_VIT | {"dynamic_img_size": True, "dynamic_img_pad": True}, 42, None),
+        ("vit_tiny_patch16_224", GROWING_WITH_STEM, 42, None),
         ("vit_tiny_patch16_224", SMALL_VIT, 32, None),
         ("test_resnet", {}, 41, None),
     ],

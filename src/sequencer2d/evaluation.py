@@ -101,7 +101,7 @@ def evaluate(
     network, card = load_model(model)
     preprocessing = replace(card.preprocessing, image_size=image_size or card.preprocessing.image_size)
     if isinstance(network, Peer):
-        _check_size(network, preprocessing.image_size)
+        network.check_size(preprocessing.image_size)
     trained = card.training
     if data is None and "data" not in trained:
         raise ValueError(f"{model} does not say what it was trained on; give --data")
@@ -135,17 +135,6 @@ def evaluate(
             progress=progress,
         )
     return replace(evaluation, precision=precision)
-
-
-def _check_size(peer: Peer, image_size: int) -> None:
-    name = f"timm/{peer.config.name}"
-    if peer.fixed_size and image_size != peer.config.image_size:
-        raise ValueError(
-            f"image_size={image_size}: {name} was trained for {peer.config.image_size} pixels and takes no others; a "
-            "vision transformer that does is trained with --model-args.dynamic_img_size true"
-        )
-    if image_size % peer.stride:
-        raise ValueError(f"image_size={image_size} is no multiple of {peer.stride}, which {name} needs")
 
 
 def calibration_images(images: ImageSet, preprocessing: Preprocessing, count: int = 128) -> Float[Tensor, "N C H W"]:

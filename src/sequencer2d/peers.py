@@ -126,6 +126,19 @@ class Peer(nn.Module):
         self.fixed_size = takes_size and not config.args.get("dynamic_img_size", False)
         """Whether it takes images of one size only."""
 
+    def check_size(self, image_size: int) -> None:
+        """Raises ValueError, saying what to do, unless it takes square images of this side."""
+        name = f"timm/{self.config.name}"
+        if self.fixed_size and image_size != self.config.image_size:
+            raise ValueError(
+                f"image_size={image_size}: {name} was trained for {self.config.image_size} pixels and takes no others; "
+                "a vision transformer that does is trained with --model-args.dynamic_img_size true"
+            )
+        patches = getattr(self.module, "patch_embed", None)
+        pads = isinstance(patches, ConvPatchEmbed) or getattr(patches, "dynamic_img_pad", False)
+        if image_size % self.stride and not pads:
+            raise ValueError(f"image_size={image_size} is no multiple of {self.stride}, which {name} needs")
+
     @property
     def num_classes(self) -> int:
         """Outputs of the classifier."""
