@@ -77,10 +77,10 @@ def train(arguments: list[str]) -> int:
         elif argument.startswith("--config="):
             arguments[position] = f"--config={find_recipe(argument.removeprefix('--config='))}"
     named = parser.parse_args(arguments, defaults=False).as_dict()
+    given = set(named) - {"config", "seeds"}
     if not {"config", "data"} & set(named) and named.get("resume", "auto") in ("auto", "never"):
         arguments = ["--config", str(find_recipe("digits")), *arguments]
     options = parser.parse_args(arguments)
-    given = set(parser.parse_args(arguments, defaults=False).as_dict()) - {"config", "seeds"}
     del options["config"]
     seeds = options.pop("seeds")
     from sequencer2d.training.config import TrainConfig
