@@ -16,6 +16,7 @@ from PIL import Image
 from sequencer2d.benchmarking import comparison
 from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.cli import DONE, PROBLEM, STOPPED, VERBS, WRONG_INPUT, main
+from sequencer2d.training import run
 from sequencer2d.verbs import VerbParser
 from sequencer2d.zoo import list_models
 
@@ -104,6 +105,43 @@ def test_a_name_that_is_no_text_ends_no_prediction(
         assert [Path(path).read_bytes()[:4] for path in paths] == [image[:4]] * 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs pipes of POSIX")
+def test_a_reader_that_goes_costs_the_screen_and_not_the_file(run_dir: Path, tmp_path: Path) -> None:
+    images = [str(path) for path in sorted((run_dir / "samples").glob("*.png"))]
+    command = [sys.executable, "-m", "sequencer2d", "predict", str(run_dir), *images, "--output", "p.jsonl"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (DONE, "")
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == len(images)
+
+
+def test_names_of_classes_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat [small]", "dog"):
+        for number in range(6):
+            file = tmp_path / "pets [old]" / name / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (40 * number, 90, 200)).save(file)
+    (tmp_path / "pets [old]" / "classes.json").write_text('{"cat [small]": "cat [small]", "dog": "dog [/x]"}')
+    data, run_dir = ["--data", str(tmp_path / "pets [old]")], str(tmp_path / "run")
+    assert main(["train", *data, *TINY, "--batch-size", "4", "--run-dir", run_dir, "--image-size", "16"]) == DONE
+    capsys.readouterr()
+    assert main(["evaluate", run_dir]) == DONE
+    out = capsys.readouterr().out
+    assert "cat [small]" in out
+    assert "dog [/x]" in out
+    assert "pets [old], val" in out
+
+
+def test_a_run_asked_to_stop_before_it_trains_ends_with_status_75(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_data", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["train", *TINY, "--run-dir", str(tmp_path / "run")]) == STOPPED
+    assert capsys.readouterr().err == "stopped before training began; give the same command again\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
@@ -163,8 +201,6 @@ def test_wrong_input_is_one_line_and_status_2(
 
 
 def test_train_tells_which_options_were_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from sequencer2d.training import run
-
     asked: list[tuple[int, set[str]]] = []
 
     def train(config: Any, given: set[str]) -> None:
@@ -182,7 +218,6 @@ def test_train_tells_which_options_were_given(monkeypatch: pytest.MonkeyPatch, t
 def test_without_data_the_digits_are_trained_unless_a_run_is_named(
     options: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sequencer2d.training import run
     from sequencer2d.training.config import TrainConfig
 
     asked: list[TrainConfig] = []

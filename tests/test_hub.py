@@ -252,6 +252,25 @@ def test_a_refused_upload_says_why(hub: Hub, trained: tuple[Path, Sequencer2D, M
         push_to_hub(trained[0], "someone/animals")
 
 
+@pytest.mark.parametrize("text", ["no route to the proxy\nmore", ""])
+def test_what_the_http_library_says_is_passed_on(
+    text: str, trained: tuple[Path, Sequencer2D, ModelCard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ProxyError(Exception):
+        """Not an `OSError`, as of httpx."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ProxyError(text)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+    why = text.partition("\n")[0] or "ProxyError"
+    with pytest.raises(FileNotFoundError, match=rf"model\.safetensors could not be downloaded: {why}; try again"):
+        from_pretrained("someone/animals")
+    with pytest.raises(OSError, match=rf"someone/animals could not be uploaded: {why}; log in"):
+        push_to_hub(trained[0], "someone/animals")
+
+
 def test_torch_hub_finds_a_variant_and_loads_a_file(tmp_path: Path, tiny_config: SequencerConfig) -> None:
     root = str(Path(__file__).parent.parent)
     torch.save(Sequencer2D(tiny_config).state_dict(), tmp_path / "weights.pth")

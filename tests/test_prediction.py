@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from PIL import Image
 
 from sequencer2d import prediction
 from sequencer2d.model import Sequencer2D, SequencerConfig
-from sequencer2d.prediction import Prediction, predict, write_predictions
+from sequencer2d.prediction import Prediction, model_and_paths, predict, write_predictions
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.weights import ModelCard, save_model
 
@@ -59,6 +60,20 @@ def test_every_image_below_a_folder_is_answered_in_order_bad_ones_with_an_error(
             probabilities = [probability for _, probability in answer.classes]
             assert probabilities == sorted(probabilities, reverse=True)
             assert sum(probabilities) == pytest.approx(1, abs=1e-5)  # five of five classes
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs links")
+def test_folders_are_read_as_training_reads_them(model_file: Path, folder: Path, tmp_path: Path) -> None:
+    """Links to folders are followed, what is hidden is left out."""
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "pictures").symlink_to(folder)
+    (links / "._0.png").write_bytes(b"x")
+    answers = [Path(answer.path) for answer in predict(model_file, [links])]
+    assert [path.relative_to(links / "pictures") for path in answers] == [
+        Path(answer.path).relative_to(folder) for answer in predict(model_file, [folder])
+    ]
+    assert model_and_paths([str(links)]) == (None, [str(links)])
 
 
 def test_one_at_a_time_gives_the_same(model_file: Path, folder: Path) -> None:

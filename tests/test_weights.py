@@ -160,6 +160,15 @@ def test_weights_of_something_else_are_an_error(tmp_path: Path) -> None:
         load_model(tmp_path / "other.safetensors")
 
 
+def test_weights_without_lstms_are_an_error(model: Sequencer2D, tmp_path: Path) -> None:
+    others = {name: value for name, value in model.state_dict().items() if "weight_hh" not in name}
+    save_file(others, tmp_path / "other.safetensors")
+    with pytest.raises(
+        ModelFileError, match=r"other\.safetensors holds weights of no Sequencer that is known here: \w"
+    ):
+        load_model(tmp_path / "other.safetensors")
+
+
 def test_weights_without_our_description_are_described_by_their_shapes(model: Sequencer2D, tmp_path: Path) -> None:
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
     loaded, card = load_model(tmp_path / "bare.safetensors")

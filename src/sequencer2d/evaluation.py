@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
 from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
-from sequencer2d.inference import answer
+from sequencer2d.inference import answer, best_device
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import Classifier, Peer
 from sequencer2d.preprocessing import Preprocessing
@@ -75,7 +75,8 @@ def evaluate(
 
     Example: `evaluate("runs/digits", image_size=20).top1`
 
-    The validation split is cut from the training images just as the model's own training did it.
+    The validation split is cut from the training images just as the model's own training did it. The arithmetic is
+    done on a GPU if there is one (`best_device`), int8 on the CPU.
 
     Args:
         model: A model file or the folder of a run.
@@ -121,7 +122,9 @@ def evaluate(
             raise ValueError(f"{model} is a {card.architecture}, and int8 is for Sequencers; give --precision bf16")
         others = images.train if chosen == "val" else images.val
         network = quantize(network, calibration_images(others, preprocessing))
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    device = torch.device("cpu") if precision == "int8" else best_device()
+    network.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         evaluation, _ = evaluate_images(
             network,
             preprocessing,

@@ -1,11 +1,17 @@
 """From the pixels of a batch to what a model answers."""
 
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sequencer2d.data.transforms import normalize
 from sequencer2d.peers import Classifier
 from sequencer2d.preprocessing import Preprocessing
+
+
+def best_device() -> torch.device:
+    """The current GPU if PyTorch sees one, else the CPU; `CUDA_VISIBLE_DEVICES=` in the environment hides GPUs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def answer(

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
 
-from sequencer2d.data.images import IMAGE_EXTENSIONS, ImageError, open_image
+from sequencer2d.data.folders import files_below, is_image_file
+from sequencer2d.data.images import ImageError, open_image
 from sequencer2d.data.transforms import EvalTransform
 from sequencer2d.files import atomic_file, write_atomic
 from sequencer2d.hub import PREFIX
-from sequencer2d.inference import answer
+from sequencer2d.inference import answer, best_device
 from sequencer2d.weights import load_model
 from sequencer2d.zoo import model_in_folder
 
@@ -35,7 +36,7 @@ class Prediction:
 def predict(
     model: str | Path, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32, flips: bool = False
 ) -> Iterator[Prediction]:
-    """Classifies images with the preprocessing that the model's training saved, in the order given.
+    """Classifies images with the preprocessing that the model's training saved, in the order given, on `best_device`.
 
     Args:
         model: A model file, the folder of a run, or whatever `load_model` takes.
@@ -53,22 +54,24 @@ def predict(
     network, card = load_model(model)
     if not card.class_names:
         raise ValueError(f"{model} has weights without a classifier; fine-tune it: sequencer2d train --weights {model}")
+    device = best_device()
+    network.to(device)
     transform = EvalTransform(card.preprocessing)
     top_k = min(top_k, len(card.class_names))
     files = _files(paths)
     while chunk := list(islice(files, batch_size)):
-        images: list[Image.Image] = []
+        parts: list[np.ndarray] = []
         errors: list[str | None] = []
         for path in chunk:
             try:
                 source = io.BytesIO(sys.stdin.buffer.read()) if path == "-" else path
-                images.append(open_image(source))
+                parts.append(transform([open_image(source)], [0]))
                 errors.append(None)
             except ImageError as error:
                 errors.append(str(error))
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
-        if images:
-            pixels = torch.from_numpy(transform(images, [0] * len(images)))
+        if parts:
+            pixels = torch.from_numpy(np.concatenate(parts)).to(device)
             logits = answer(network, pixels, card.preprocessing, flips=flips)
             best = logits.softmax(-1).topk(top_k)
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
@@ -100,21 +103,26 @@ def model_and_paths(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def _is_model(text: str) -> bool:
     path = Path(text)
     if path.is_dir():
-        return model_in_folder(path) is not None or not any(map(_is_image, path.rglob("*")))
-    return text.startswith(PREFIX) or not (text == "-" or _is_image(path))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_EXTENSIONS
+        return model_in_folder(path) is not None or not _below(path)
+    return text.startswith(PREFIX) or not (text == "-" or is_image_file(text))
 
 
 def _files(paths: Iterable[str | Path]) -> Iterator[str]:
-    """Files as they are, folders as the images below them; a folder without any stays, to become an error."""
+    """Files as they are, folders as the images below them.
+
+    A folder without images, and one that cannot be read, stay, to become an error.
+    """
     for path in map(str, paths):
-        below = []
-        if path != "-" and Path(path).is_dir():
-            below = sorted(str(file) for file in Path(path).rglob("*") if _is_image(file))
+        folder = Path(path)
+        below = _below(folder) if path != "-" and folder.is_dir() else []
         yield from below or [path]
+
+
+def _below(folder: Path) -> list[str]:
+    """Folders that cannot be read, and then images."""
+    locked: list[str] = []
+    files = files_below(folder, folder, on_error=lambda error: locked.append(str(error.filename)))
+    return [*locked, *(str(folder / file) for file in files if is_image_file(file))]
 
 
 Row = tuple[str, int | None, str | None, float | None, str | None]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from sequencer2d.files import write_atomic
 if TYPE_CHECKING:
     from sequencer2d.benchmarking.comparison import Measurement, Ratio
     from sequencer2d.data.check import Report
+    from sequencer2d.evaluation import Evaluation
     from sequencer2d.training.config import TrainConfig
 
 
@@ -86,13 +88,23 @@ def train(arguments: list[str]) -> int:
     from sequencer2d.training.config import TrainConfig
 
     config = TrainConfig(**parser.instantiate(options).as_dict())
+    from sequencer2d.training.callbacks import StopRequested
     from sequencer2d.training.ranks import is_first_process
-    from sequencer2d.training.run import train as run_training
 
     first = is_first_process()
     _log_to_screen(logging.INFO if first else logging.CRITICAL)
-    if seeds is not None:
-        return _train_seeds(config, seeds, first)
+    try:
+        return _train_once(config, given, first) if seeds is None else _train_seeds(config, seeds, first)
+    except StopRequested:
+        if first:
+            print("stopped before training began; give the same command again", file=sys.stderr)
+        return STOPPED
+
+
+def _train_once(config: "TrainConfig", given: set[str], first: bool) -> int:
+    """`sequencer2d train` without `--seeds`"""
+    from sequencer2d.training.run import train as run_training
+
     result = run_training(config, given)
     if not first:
         return DONE if result.finished else STOPPED
@@ -143,10 +155,23 @@ def evaluate(arguments: list[str]) -> int:
     json_file = options.pop("json")
     _check_folder("json", json_file)
     result = run_evaluation(**options)
+    try:
+        _print_evaluation(result)
+    finally:  # whatever becomes of the screen
+        if json_file:
+            write_atomic(Path(json_file), json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
+    return PROBLEM if result.skipped else DONE
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    """A table of the classes, and the figures of the whole."""
     console = Console()
-    table = Table("class", "images", "recall", "precision", title=f"{result.data}, {result.split}")
+    title = Text(_printable(f"{result.data}, {result.split}"))
+    table = Table("class", "images", "recall", "precision", title=title)
     for row in result.per_class:
-        table.add_row(row["name"], f"{row['num_images']:,}", _percent(row["recall"]), _percent(row["precision"]))
+        table.add_row(
+            Text(_printable(row["name"])), f"{row['num_images']:,}", _percent(row["recall"]), _percent(row["precision"])
+        )
     console.print(table)
     console.print(
         f"top-1 {result.top1:.2%}, top-5 {_percent(result.top5)}, loss {result.loss:.4f}, "
@@ -155,9 +180,6 @@ def evaluate(arguments: list[str]) -> int:
     )
     for message in result.skipped:
         print(f"skipped: {_printable(message)}", file=sys.stderr)
-    if json_file:
-        write_atomic(Path(json_file), json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
-    return PROBLEM if result.skipped else DONE
 
 
 _FLIPS_HELP = "average the logits of each image and its mirror image"
@@ -201,7 +223,12 @@ def predict(arguments: list[str]) -> int:
             failed += prediction.error is not None
             classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
             line = f"error: {prediction.error}" if prediction.error else f"{prediction.path}: {classes}"
-            print(_printable(line), flush=True)
+            try:
+                print(_printable(line), flush=True)
+            except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+                if not options.output:
+                    raise
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             yield prediction
 
     if options.output:
@@ -252,7 +279,7 @@ def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
     logger = logging.getLogger("sequencer2d")
@@ -296,9 +323,11 @@ def check(arguments: list[str]) -> int:
     folder = find_folder(options.data, root=options.data_root)
     with _progress_bar("images") as advance:
         report = check_folder(folder, workers=options.workers, cache=not options.no_cache, progress=advance)
-    _print_report(report)
-    if options.json:
-        write_atomic(Path(options.json), json.dumps(report.to_dict(), indent=2))
+    try:
+        _print_report(report)
+    finally:  # whatever becomes of the screen
+        if options.json:
+            write_atomic(Path(options.json), json.dumps(report.to_dict(), indent=2))
     if report.findings and not options.json:
         print("--json FILE lists every file")
     return PROBLEM if report.wrong else DONE

@@ -159,7 +159,7 @@ def _load_foreign(path: Path) -> tuple[Sequencer2D, ModelCard]:
         model = Sequencer2D(config)
         model.load_state_dict(fit(state, model)[0])
     except (KeyError, ValueError, RuntimeError, StopIteration) as error:
-        first_line = str(error).splitlines()[0]
+        first_line = (str(error) or "it has no recurrent weights").splitlines()[0]
         raise ModelFileError(f"{path} holds weights of no Sequencer that is known here: {first_line}") from error
     found = _variant_name(config)
     log.info(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sequencer2d.data.catalog import ArrayImages, FileImages, ImageSet, load_data, split_names
+from sequencer2d.data.catalog import ArrayImages, FileImages, ImageSet, find_folder, load_data, split_names
 from sequencer2d.data.images import ImageError
 
 
@@ -154,3 +154,16 @@ def test_imagenet_says_which_layout_it_expects(tmp_path: Path) -> None:
     make_tree(tmp_path, "val/ILSVRC2012_val_00000001.png")  # as the official archive unpacks
     with pytest.raises(ValueError, match=r"val: no class folders; sort the images into one folder per class"):
         load_data("imagenet", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "tiny-imagenet"])
+def test_what_is_checked_is_what_is_trained_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once `prepare` has made the set, its folder in the root, else the root."""
+    monkeypatch.chdir(tmp_path)
+    root = Path("data")
+    assert find_folder(name, root=root) == root
+    make_tree(root / name, *(f"{split}/{c}/{i}.png" for split in ("train", "val") for c in "ab" for i in range(2)))
+    (root / name / "classes.json").write_text('{"a": "ant", "b": "bee"}')
+    for given in (root, None):
+        assert find_folder(name, root=given) == root / name
+        assert load_data(name, root=given).class_names == ("ant", "bee")

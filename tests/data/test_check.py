@@ -302,3 +302,15 @@ def test_processes_find_what_one_finds(root: Path) -> None:
     alone, several = (check_folder(root, workers=workers, cache=False) for workers in (0, 2))
     assert alone == several
     assert {finding.kind for finding in alone.findings} == {"extension", "near leak", "unreadable"}
+
+
+def test_an_animation_that_is_damaged_behind_its_first_frame_is_an_image(root: Path) -> None:
+    file = root / "train/cat/moving.gif"
+    picture(90).save(file, save_all=True, append_images=[picture(91), picture(92)])
+    content = file.read_bytes()
+    last = content.rindex(b"\x2c\0\0\0\0\x18\0\x18\0")  # place and size of the last frame
+    file.write_bytes(content[: last + 5])
+    with pytest.raises(Exception, match="unpack"), Image.open(file) as image:
+        _ = image.n_frames  # type: ignore[attr-defined]
+    kinds = {f.kind for f in check_folder(root).findings if any("moving.gif" in name for name in f.files)}
+    assert "unreadable" not in kinds

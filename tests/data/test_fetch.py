@@ -188,3 +188,10 @@ def test_without_credentials_it_says_so(urls: dict[str, str], monkeypatch: pytes
     module._s3_client.cache_clear()
     with pytest.raises(PermissionError, match=r"^s3://bucket/file: no credentials; set AWS_PROFILE"):
         fetch(urls["s3"])
+
+
+def test_a_profile_that_is_not_there_is_named(urls: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    module._s3_client.cache_clear()
+    with pytest.raises(ValueError, match=r"s3:// cannot be used: .*nobody.*see to AWS_PROFILE"):
+        fetch(urls["s3"])

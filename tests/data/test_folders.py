@@ -1,6 +1,7 @@
 """Image folders in the layouts that people have, and what is said about those that cannot be trained on."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,11 @@ def test_class_may_be_called_like_a_split(names: tuple[str, ...], tmp_path: Path
     ("files", "message"),
     [
         ([], r"root: no class folders$"),
+        (
+            some("Train/a", "Train/b", "Test/a"),
+            r"root: Test, Train: call the folders of the splits train, val and test",
+        ),
+        (some("testing/a", "training/b"), r"root: testing, training: call the folders of the splits"),
         (["1.png", "2.png"], r"root: no class folders; sort the images into one folder per class"),
         (some("cat"), r"root: only one class folder, cat; two or more"),
         ([*some("cat", "dog"), "fox/readme.txt"], r"root: no images in fox; fill or remove"),
@@ -135,3 +141,9 @@ def test_folder_that_cannot_be_trained_on(files: list[str], message: str, tmp_pa
         load_data(str(make_tree(root, *files)))
     assert str(error.value).startswith(str(root))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of folders are text there")
+def test_a_class_whose_name_is_no_text_is_told_of_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'d\\udcffg': not UTF-8; rename the class folders"):
+        load_data(str(make_tree(tmp_path, *some("cat", "d\udcffg"))))

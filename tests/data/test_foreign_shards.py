@@ -220,6 +220,10 @@ DAMAGES: dict[str, tuple[Members, str]] = {
         {f"{i}{ending}": str(i).encode() + b"x" for i in range(100) for ending in (".png", ".txt")},
         "x.tar: 100 different labels for 100 images; .* not captions",
     ),
+    "numbers of things": (
+        {f"{i}{ending}": b"73456382%d" % i for i in range(9) for ending in (".png", ".cls")},
+        "x.tar: 734,563,829 different labels for 9 images",
+    ),
     "no samples": ({}, "x.tar: not a tar file of samples"),
 }
 

@@ -144,7 +144,15 @@ def test_exif_orientation_is_applied(orientation: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"])
 def test_damaged_exif_does_not_cost_the_image(file: str, exif: bytes, tmp_path: Path) -> None:
     """Pillow warns of some of it and fails on some, differently from format to format."""
-    assert_ramp(open_image(saved(grey().convert("RGB"), tmp_path / file, exif=exif, quality=100)))
+    for more in ({}, {"dpi": (72, 72)}):  # with which Pillow does not look at the EXIF block when it opens a JPEG
+        assert_ramp(open_image(saved(grey().convert("RGB"), tmp_path / file, exif=exif, quality=100, **more)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe\.png: not a regular file"):
+        open_image(tmp_path / "pipe.png")
 
 
 JPEGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -245,6 +253,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def denied(*_args: object) -> None:  # file modes would not stop the super-user
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
+    (tmp_path / "a.png").write_bytes(b"x")
     monkeypatch.setattr("sequencer2d.data.images.open", denied, raising=False)
     with pytest.raises(ImageError, match=r"a\.png: cannot be opened: Permission denied"):
         open_image(tmp_path / "a.png")

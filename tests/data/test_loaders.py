@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from PIL import Image
 from torch.utils.data._utils import signal_handling
 
 from batches import PREPROCESSING, assert_same, epoch, random_transform
+from sequencer2d.data import loaders
+from sequencer2d.data.augment import AugmentConfig
 from sequencer2d.data.images import ImageError, Reduction
 from sequencer2d.data.loaders import STOP_SIGNALS, Batch, CachedImages, ShuffledBatches, TrainLoader, eval_loader
 from sequencer2d.data.sets import ArrayImages, FileImages, ImageSet
-from sequencer2d.data.transforms import EvalTransform
+from sequencer2d.data.transforms import BatchTransform, EvalTransform, TrainTransform
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # on a machine of one core
@@ -198,6 +201,35 @@ def test_a_truncated_file_is_skipped_by_its_path(tmp_path: Path, photo: Image.Im
     assert batch.labels.tolist() == [0, 2]
     assert len(batch.skipped) == 1
     assert batch.skipped[0].startswith(str(tmp_path / "c.jpg"))
+
+
+class Noting:
+    """A transform that notes how many images it is given at a time."""
+
+    def __init__(self, transform: BatchTransform) -> None:
+        self.transform = transform
+        self.reduction = transform.reduction
+        self.counts: list[int] = []
+
+    def __call__(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
+        self.counts.append(len(images))
+        return self.transform(images, seeds)
+
+
+@pytest.mark.parametrize(
+    "transform", [EvalTransform(PREPROCESSING), TrainTransform(AugmentConfig(crop="padded", hflip=0.5), PREPROCESSING)]
+)
+def test_large_images_are_transformed_before_the_next_are_decoded(
+    transform: BatchTransform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, noting = Damaged(numbered(9), {3}), Noting(transform)
+    (whole,) = eval_loader(images, noting, batch_size=9)
+    monkeypatch.setattr(loaders, "DECODED_PIXELS", 3 * 8 * 8 - 1)
+    (parts,) = eval_loader(images, noting, batch_size=9)
+    assert noting.counts == [8, 3, 3, 2]
+    for one, other in zip(whole[:3], parts[:3], strict=True):
+        assert torch.equal(one, other)
+    assert whole.skipped == parts.skipped == ["images/3: truncated"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -270,7 +270,9 @@ def test_folder_is_split_with_the_seed(kind: str, tmp_path: Path) -> None:
     if kind == "folder":
         source = write_files(tmp_path / "source", files | {"cat/notes.txt": b"no image"})
     elif kind == "zip":
-        source = write_zip(tmp_path / "source" / "x.zip", {f"top/{file}": content for file, content in files.items()})
+        members = {f"top/{file}": content for file, content in files.items()}
+        macos = {f"__MACOSX/top/{file.replace('/', '/._')}": b"x" for file in files} | {"top/.hidden/a.png": b"x"}
+        source = write_zip(tmp_path / "source" / "x.zip", members | macos)
     else:
         source = write_files(tmp_path / "source", {"x.tar": tar_of(files)}) / "x.tar"
     before = snapshot(tmp_path / "source")

@@ -89,6 +89,8 @@ def test_the_learning_rate_follows_the_images_per_update() -> None:
         ("augment.mixup_alpha", -1.0),
         ("augment.cutmix_alpha", math.nan),
         ("augment.label_smoothing", 1.0),
+        ("augment.auto_augment", "rand-m9-w0"),
+        ("augment.auto_augment", "rand-m9.5-mstd0.5"),
         ("optim.learning_rate", -1e-3),
         ("optim.learning_rate", math.nan),
         ("optim.min_learning_rate", math.inf),

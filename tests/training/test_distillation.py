@@ -115,6 +115,10 @@ def test_a_file_of_ours_brings_its_preprocessing(tmp_path: Path) -> None:
     assert folder is not None
     assert isinstance(folder.model, Sequencer2D)
     assert load_teacher(DistillConfig(), NAMES) is None
+    packaged = load_teacher(DistillConfig(teacher="sequencer2d_conv_p_patch2_16"), tuple("0123456789"))
+    assert packaged is not None
+    assert isinstance(packaged.model, Sequencer2D)
+    assert packaged.size == (16, 16)
 
 
 def test_a_teacher_of_other_classes_is_an_error(tmp_path: Path) -> None:

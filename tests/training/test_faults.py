@@ -248,6 +248,14 @@ def test_metrics_that_cannot_be_written_name_the_file(
     assert train(config).finished
 
 
+def test_what_a_loader_process_misses_is_told_without_its_traceback(config: TrainConfig, tmp_path: Path) -> None:
+    text = (
+        "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  x\n"
+    )
+    with pytest.raises(TrainingError, match=r"^the folder is gone; checkpoints so far"), explained(config, tmp_path):
+        raise FileNotFoundError(text + "FileNotFoundError: the folder is gone\n")
+
+
 def test_other_errors_stay_what_they_are(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), explained(config, tmp_path):
         raise RuntimeError("shapes differ")
@@ -259,6 +267,8 @@ def test_a_file_that_is_no_fault_is_refused(config: TrainConfig) -> None:
     result = train(replace(config, epochs=1))
     with pytest.raises(ValueError, match=r"model\.safetensors is no record of a fault"):
         replay_fault(result.run_dir / "model.safetensors")
+    with pytest.raises(ValueError, match=r"config\.yaml is no whole safetensors file"):
+        replay_fault(result.run_dir / "config.yaml")
     assert json.loads((result.run_dir / "result.json").read_text())["finished"]
 
 

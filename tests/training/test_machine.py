@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runs import tiny_run
-from sequencer2d.training import ranks
+from sequencer2d.training import machine, ranks
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.machine import continued, describe_machine, flushes_denormals, set_threads, settled
 from sequencer2d.training.ranks import Ranks
@@ -217,3 +217,17 @@ def test_a_continued_run_keeps_the_command_that_began_it() -> None:
     begun = continued(continued(steps[0], steps[1]), steps[2])
     assert (begun["command"], begun["commit"], begun["threads"]) == ("sequencer2d train a", "a", 2)
     assert [step["commit"] for step in begun["continued"]] == ["b", "c"]
+
+
+def test_the_commit_is_of_our_checkout_not_of_one_around_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["init"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True, capture_output=True)
+    installed = tmp_path / ".venv" / "machine.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(machine, "__file__", str(installed))
+    assert describe_machine()["commit"] is None
+    subprocess.run(["git", "-C", tmp_path, "add", installed], check=True)
+    assert len(describe_machine()["commit"]) == 41  # a change is a +

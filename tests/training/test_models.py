@@ -206,6 +206,9 @@ def test_processes_share_no_batch_norms_that_are_not_torchs(config: TrainConfig)
     [
         (["--model", "timm/resnet81"], "timm has no model named 'resnet81': did you mean timm/resnet18"),
         (["--model", "timm/resnet18", "--model-args.depht", "3"], "cannot make resnet18 of the arguments {'depht': 3}"),
+        (["--model-args.pretrained", "true"], "model_args.pretrained is no part of the architecture; give --weights"),
+        (["--model-args.backend", "torch"], "model_args.backend is no part of the architecture; give --backend"),
+        (["--model-args.name", "sequencer2d_s"], "model_args.name is no part of the architecture; give --model"),
         (["--model", "timm/resnet18", "--model-args.num_classes", "7"], "num_classes=7 is not for timm/resnet18"),
     ],
 )

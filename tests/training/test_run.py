@@ -20,13 +20,14 @@ from PIL import Image
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from safetensors.torch import load_file
 
-from runs import last_checkpoint, make_images, rows, stop_at, tiny_run
+from runs import assert_same, last_checkpoint, make_images, rows, stop_at, tiny_run
 from sequencer2d import files
 from sequencer2d.data.check import check_folder
 from sequencer2d.data.mixing import BatchMixing
 from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D
-from sequencer2d.training import machine, ranks
+from sequencer2d.training import machine, ranks, run
+from sequencer2d.training.callbacks import Checkpoints, StopRequested
 from sequencer2d.training.config import AugmentConfig, OptimConfig, TrainConfig
 from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
@@ -210,6 +211,66 @@ def test_asked_to_stop_before_the_first_update_a_run_stops_and_can_go_on(
     assert stopped.updates == updates
     assert signal.getsignal(signal.SIGTERM) is before
     assert train(config).finished
+
+
+@pytest.mark.parametrize("place", ["choose_precision", "evaluate_images", "write_report"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_nothing_is_trained_a_run_stops_at_once_and_can_go_on(
+    number: int, place: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(run, place)
+    before = signal.getsignal(number)
+
+    def struck(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, place, struck)
+        if number == signal.SIGTERM and place != "choose_precision":
+            assert not train(config).finished
+        else:
+            with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else StopRequested):
+                train(config)
+    assert signal.getsignal(number) is before
+    assert not Path(config.run_dir or "", "result.json").exists()
+    assert train(config).finished
+
+
+def test_a_second_ctrl_c_interrupts_a_training(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = SequencerTask.training_step
+
+    def struck(self: SequencerTask, *arguments: Any) -> Any:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(SequencerTask, "training_step", struck)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+
+
+def test_asked_to_stop_in_the_last_validation_a_run_is_evaluated_when_it_goes_on(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(replace(config, run_dir=f"{config.run_dir}-whole"))
+    save, saved = Checkpoints.save, []
+
+    def struck(self: Checkpoints, trainer: Any) -> None:
+        saved.append(trainer.global_step)
+        if trainer.global_step == whole.updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", struck)
+        stopped = train(config)
+    assert saved[-1] == stopped.updates == whole.updates
+    assert not stopped.finished
+    result = train(config)
+    assert result.finished
+    assert result.evaluation == whole.evaluation
+    assert_same(result.run_dir, whole.run_dir)
 
 
 def test_the_last_weights_are_a_model_file_too(config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """The images that a report shows: wrong answers first, up to half, then right ones, drawn by the seed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,4 +59,6 @@ def test_files_bear_number_and_class(tmp_path: Path) -> None:
     write_samples(tmp_path / "samples", samples)
     names = [path.name for path in sorted((tmp_path / "samples").iterdir())]
     assert names == ["00-dog_wolf.png", "01-a_cat.png"]
+    write_samples(tmp_path / "long", [replace(samples[0], label="狗" * 200)])
+    assert len(list((tmp_path / "long").iterdir())) == 1
     assert (np.asarray(Image.open(tmp_path / "samples" / names[0])) == samples[0].image).all()

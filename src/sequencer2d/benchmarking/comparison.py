@@ -148,7 +148,7 @@ def benchmark(
         against: Others of timm, timm-compiled, onnxruntime, openvino and sequencer2d-torch, such as timm,openvino:bf16;
             without a precision, all that there are. The first one is what all are compared with.
         precision: Of ours, such as fp32,bf16.
-        allocator: With large pages and freed memory kept in the process (tuned), as the system does it (default), or
+        allocator: With freed memory kept in the process (tuned), as the system does it (default), or
             both in turn; for all contenders.
         checkpointing: Have ours in training also with activations computed again.
         threads: Of each contender; default: one per core.

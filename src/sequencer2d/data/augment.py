@@ -57,7 +57,7 @@ class AugmentConfig:
             raise ValueError(f"augment.label_smoothing={self.label_smoothing} must lie in [0, 1)")
 
 
-_POLICY = r"none|rand(-(m|n|w|p|inc|mmax|mstd)\d+(\.\d+)?|-mstdinf|-t)*"
+_POLICY = r"none|rand(-(m|n|inc|mmax)\d+|-(p|mstd)\d+(\.\d+)?|-mstdinf|-t)*"
 """`none`, or what timm's `rand_augment_transform` takes."""
 
 

@@ -88,9 +88,12 @@ def find_folder(name: str, *, root: str | Path | None = None) -> Path:
         ValueError: An unknown name, or a data set that is not made of image files.
     """
     if name in ("tiny-imagenet", "imagenet"):
+        folder = DEFAULT_ROOT if root is None else Path(root).expanduser()
+        if (folder / name / CLASSES_FILE).is_file():  # as `prepare` made it
+            return folder / name
         if root is None and name == "imagenet":
             raise ValueError("imagenet: name its folder as root")
-        return DEFAULT_ROOT if root is None else Path(root).expanduser()
+        return folder
     if name in DATA_NAMES:
         raise ValueError(
             f"{name}: not made of image files, and verified by its checksum; a folder of that name is ./{name}"

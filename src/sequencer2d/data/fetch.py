@@ -79,6 +79,7 @@ def fetch(
         ShardError: It is not `total` bytes long.
         ConnectionError: The server or the command failed too often, or its answer makes no sense.
         ImportError: s3:// without the extra `shards`.
+        ValueError: s3:// is set up wrongly, such as for a profile that is not there.
     """
     read = _reader(url)
     stop = stop or Event()
@@ -191,10 +192,14 @@ def _s3_client(process: int) -> Any:
     try:
         import boto3
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError as error:
         raise ImportError("s3:// needs boto3: pip install 'sequencer2d[shards]'") from error
     timeouts = {"connect_timeout": PATIENCE.timeout_s, "read_timeout": PATIENCE.timeout_s}
-    return boto3.Session().client("s3", config=Config(**timeouts, retries={"total_max_attempts": 1}))
+    try:
+        return boto3.Session().client("s3", config=Config(**timeouts, retries={"total_max_attempts": 1}))
+    except BotoCoreError as error:  # a profile that is not there, for one
+        raise ValueError(f"s3:// cannot be used: {error}; see to AWS_PROFILE and ~/.aws/config") from error
 
 
 def _range(start: int, size: int | None) -> str:

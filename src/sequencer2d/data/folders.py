@@ -12,6 +12,8 @@ from sequencer2d.data.sets import FileImages, ImageData, split_off_val
 
 VAL_NAMES = ("val", "valid", "validation")
 SPLIT_NAMES = ("train", *VAL_NAMES, "test")
+_SPELLINGS = (*SPLIT_NAMES, "training", "eval", "evaluation", "testing")
+"""In lower case; others than `SPLIT_NAMES` are refused where they can only be splits."""
 
 
 def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None = None) -> ImageData:
@@ -41,6 +43,9 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
     if len(train_files) < 2:
         raise ValueError(f"{train_folder}: only one class folder, {_listed(list(train_files))}; two or more are needed")
     classes = tuple(train_files)
+    names = read_class_names(root, classes)
+    if broken := [name for name in names if not _is_text(name)]:
+        raise ValueError(f"{train_folder}: {_listed(list(map(ascii, broken)))}: not UTF-8; rename the class folders")
     train = _labelled(root, train_files, classes)
     test = _held_out(root, splits["test"], classes) if "test" in splits else None
     if "val" in splits:
@@ -51,7 +56,7 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
         train, val, val_source = split_off_val(train, val_fraction, seed, of=of)
     return ImageData(
         name=name or root.resolve().name,
-        class_names=read_class_names(root, classes),
+        class_names=names,
         train=train,
         val=val,
         test=test,
@@ -118,6 +123,8 @@ def find_splits(root: Path) -> dict[str, Path]:
     if "train" not in nested:
         if nested or (splits and len(splits) == len(folders)):
             raise ValueError(f"{root}: has {_listed(list(splits))}, but no train folder with class folders in it")
+        if folders and all(name.lower() in _SPELLINGS and subfolders(folder) for name, folder in folders.items()):
+            raise ValueError(f"{root}: {_listed(list(folders))}: call the folders of the splits train, val and test")
         return {}
     vals = [name for name in VAL_NAMES if name in splits]
     if len(vals) > 1:
@@ -155,6 +162,15 @@ def subfolders(folder: Path) -> list[Path]:
 
 def _extension(file: str) -> str:
     return os.path.splitext(file)[1].lower()
+
+
+def _is_text(name: str) -> bool:
+    """Whether the bytes of a file's name are UTF-8, as what a model file holds must be."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _listed(names: Sequence[str], limit: int = 5) -> str:

@@ -33,6 +33,8 @@ MAX_WORD = 200
 """Characters; what is longer is a caption."""
 MAX_CLASS_SHARE = 0.5
 """Of the number of images; more words than that are captions, too."""
+MAX_CLASSES_OF_FEW = 100_000
+"""The same of less than 100 images, whose labels may be of a larger set."""
 READERS = 4
 
 log = logging.getLogger(__name__)
@@ -224,17 +226,16 @@ def _classes(
     if named is not None:
         return tuple(named.values()), {label: number for number, label in enumerate(named)}
     words = {word for tar, split in zip(tars, splits, strict=True) if split == "train" for word in tar.words}
-    if all(re.fullmatch(r"\d{1,9}", word) for word in words):
-        count = max(map(int, words), default=-1) + 1
-        found = {str(number): number for number in range(count)}
-    else:
-        found = {word: number for number, word in enumerate(sorted(words))}
+    are_numbers = all(re.fullmatch(r"\d{1,9}", word) for word in words)
+    count = max(map(int, words), default=-1) + 1 if are_numbers else len(words)
     num_images = sum(len(tar.keys) for tar in tars)
-    if len(found) < 2 or (len(found) > MAX_CLASS_SHARE * num_images and num_images >= 100):
+    if count < 2 or count > (MAX_CLASS_SHARE * num_images if num_images >= 100 else MAX_CLASSES_OF_FEW):
         raise ShardError(
-            f"{tars[0].url}: {len(found):,} different labels for {num_images:,} images; needed are two classes or "
+            f"{tars[0].url}: {count:,} different labels for {num_images:,} images; needed are two classes or "
             "more, not captions or names"
         )
+    labels = map(str, range(count)) if are_numbers else sorted(words)
+    found = {label: number for number, label in enumerate(labels)}
     return tuple(found), found
 
 

@@ -1,6 +1,7 @@
 """Opening one image: it comes out as upright 8-bit RGB, or as an `ImageError` that says why not."""
 
 import os
+import stat
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -65,8 +66,11 @@ def open_picture(source: Source, reduction: Reduction | None = None) -> Picture:
     if not isinstance(source, str | Path):
         return _decode(source, reduction, label=str(getattr(source, "name", None) or "image"))
     try:
+        status = os.stat(source)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # to open a pipe could take for ever
+            raise ImageError(f"{source}: not a regular file")
         with open(source, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+            if status.st_size == 0:
                 raise ImageError(f"{source}: the file is empty")
             return _decode(file, reduction, label=str(source))
     except ImageError:
@@ -83,7 +87,7 @@ def _decode(file: BinaryIO | BytesIO, reduction: Reduction | None, label: str) -
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with Image.open(file) as image:
                 _check_size(image.size, label)
-                if image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                if image.format == "JPEG" and orientation(image) == 1:
                     large = min(image.size) >= _JPEG_BLOCK
                     if reduction:
                         factor = reduction(*image.size)
@@ -124,6 +128,15 @@ def _check_size(size: tuple[int, int], label: str) -> None:
         raise ImageError(f"{label}: {width}×{height} pixels are too few; at least {MIN_SIDE}×{MIN_SIDE} are needed")
     if width * height > MAX_PIXELS:
         raise ImageError(f"{label}: {width}×{height} pixels are too many; scale it down to {MAX_PIXELS:,}")
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none or it cannot be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # as above
+        return 1
+    return value if value in range(2, 9) else 1
 
 
 def _turn_upright(image: Image.Image) -> None:

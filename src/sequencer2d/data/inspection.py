@@ -12,11 +12,11 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-from PIL import ExifTags, Image
+from PIL import Image
 
 from sequencer2d.cores import num_cores
 from sequencer2d.data.duplicates import thumbnail
-from sequencer2d.data.images import ImageError, open_image
+from sequencer2d.data.images import ImageError, open_image, orientation
 
 DIGEST_BYTES = 16
 UNSTABLE = -1
@@ -93,8 +93,8 @@ def _look(path: Path, file_digest: bytes) -> Picture | str:
     except ImageError as error:
         return str(error).removeprefix(f"{path}: ")
     with Image.open(path) as header:  # only read as far as needed to tell what it is
-        orientation = _orientation(header)
-        kind, mode, frames = header.format or "unknown", header.mode, getattr(header, "n_frames", 1)
+        turned = orientation(header) > 1
+        kind, mode, frames = header.format or "unknown", header.mode, _frames(header)
     pixels = blake2b(f"{image.width} {image.height} ".encode(), digest_size=DIGEST_BYTES)
     pixels.update(image.tobytes())
     return Picture(
@@ -102,7 +102,7 @@ def _look(path: Path, file_digest: bytes) -> Picture | str:
         mode=mode,
         width=image.width,
         height=image.height,
-        turned=orientation > 1,
+        turned=turned,
         frames=frames,
         file_digest=file_digest,
         pixel_digest=pixels.digest(),
@@ -110,13 +110,12 @@ def _look(path: Path, file_digest: bytes) -> Picture | str:
     )
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, upright, where there is none or, as in `open_image`, it cannot be read."""
+def _frames(image: Image.Image) -> int:
+    """How many there are; 1 where those behind the first, which is all that is used, are damaged."""
     try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # Pillow's answers to damage are of many kinds
         return 1
-    return value if value in range(2, 9) else 1
 
 
 def inspect_files(

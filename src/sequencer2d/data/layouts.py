@@ -219,6 +219,8 @@ def lay_out_folder(job: Job) -> Layout:
 
 
 def _is_image_or_list(path: PurePosixPath) -> bool:
+    if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):  # hidden, or what macOS adds to zips
+        return False
     return path.suffix.lower() in IMAGE_EXTENSIONS or path.name in _LISTS
 
 

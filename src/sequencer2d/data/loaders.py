@@ -7,6 +7,7 @@ can be repeated, and continued inside an epoch.
 import copy
 import gc
 import logging
+import math
 import multiprocessing
 import signal
 from collections.abc import Generator, Iterator, Sequence
@@ -26,7 +27,7 @@ from sequencer2d.data.images import ImageError, Picture, Reduction
 from sequencer2d.data.sets import ImageSet
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.streaming import shuffled, stream
-from sequencer2d.data.transforms import BatchTransform
+from sequencer2d.data.transforms import BatchTransform, picture_size
 
 Key = tuple[int, int]
 """Index of an image and the seed of its augmentation."""
@@ -260,8 +261,15 @@ def eval_loader(
     )
 
 
+DECODED_PIXELS = 2**25
+"""Of a batch's images that wait, decoded in full, to be transformed together; as RGB a hundred megabytes."""
+
+
 class TransformedImages(Dataset[Batch]):
-    """Decodes the images of a batch and transforms them; those that cannot be decoded are left out by name."""
+    """Decodes the images of a batch and transforms them; those that cannot be decoded are left out by name.
+
+    Large ones are transformed before the next are decoded: a batch of photographs in full size would fill the memory.
+    """
 
     def __init__(self, images: ImageSet, transform: BatchTransform) -> None:
         self.images = images
@@ -271,19 +279,31 @@ class TransformedImages(Dataset[Batch]):
         return len(self.images)
 
     def __getitems__(self, keys: Sequence[Key | StreamedKey]) -> Batch:
-        decoded, good, skipped = [], [], []
+        transformed: list[np.ndarray] = []
+        decoded: list[Picture] = []
+        seeds: list[int] = []
+        indices: list[int] = []
+        skipped: list[str] = []
+        num_pixels = 0
         for index, seed, *file in keys:
             try:
                 decoded.append(self._decode(index, seed, *file))
-                good.append((index, seed))
             except ImageError as error:
                 skipped.append(str(error))
-        if not good:
+                continue
+            indices.append(index)
+            seeds.append(seed)
+            num_pixels += math.prod(picture_size(decoded[-1]))
+            if num_pixels > DECODED_PIXELS:
+                transformed.append(self.transform(decoded, seeds))
+                decoded, seeds, num_pixels = [], [], 0
+        if decoded:
+            transformed.append(self.transform(decoded, seeds))
+        if not indices:
             empty = torch.zeros(0, dtype=torch.int64)
             return Batch(torch.zeros((0, 1, 1, 3), dtype=torch.uint8), empty, empty, skipped)
-        indices, seeds = zip(*good, strict=True)
-        images = torch.from_numpy(self.transform(decoded, seeds))
-        return Batch(images, torch.from_numpy(self.images.labels[list(indices)]), torch.tensor(indices), skipped)
+        images = torch.from_numpy(transformed[0] if len(transformed) == 1 else np.concatenate(transformed))
+        return Batch(images, torch.from_numpy(self.images.labels[indices]), torch.tensor(indices), skipped)
 
     def _decode(self, index: int, seed: int, content: bytes | None = None) -> Picture:
         reduction = self.transform.reduction(seed)

@@ -93,7 +93,7 @@ class TrainTransform:
         if self.augment.crop == "padded":
             parts = (self._shift(_pillow(image), random) for image, random in zip(images, randoms, strict=True))
         else:
-            boxes = self.boxes(np.array([_size(image) for image in images]), randoms)
+            boxes = self.boxes(np.array([picture_size(image) for image in images]), randoms)
             cuts = zip(images, boxes.tolist(), randoms[:, 2].tolist(), strict=True)
             parts = (self._resized(image, box, random) for image, box, random in cuts)
         flipped = randoms[:, _CROP_RANDOMS] < (self.augment.hflip or 0)
@@ -188,7 +188,7 @@ def _pillow(picture: Picture) -> Image.Image:
     return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
 
 
-def _size(picture: Picture) -> tuple[int, int]:
+def picture_size(picture: Picture) -> tuple[int, int]:
     """Width and height."""
     return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
 

@@ -18,7 +18,7 @@ from sequencer2d.data.duplicates import THUMBNAIL_BYTES
 from sequencer2d.data.inspection import DIGEST_BYTES, Inspected, Picture
 from sequencer2d.files import cache_folder, write_atomic
 
-VERSION = f"2, Pillow {PIL.__version__}"
+VERSION = f"3, Pillow {PIL.__version__}"
 """Another version of the format, or of the library that decodes, does not know what this one found."""
 _BINARY = {"file_digest": DIGEST_BYTES, "pixel_digest": DIGEST_BYTES, "thumbnail": THUMBNAIL_BYTES}
 _PLAIN = [field.name for field in fields(Picture) if field.name not in _BINARY]

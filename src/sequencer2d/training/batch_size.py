@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from sequencer2d.data.loaders import Batch
+from sequencer2d.inference import best_device
 from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.machine import Precision
 from sequencer2d.training.task import SequencerTask
@@ -61,7 +62,7 @@ def find_batch_size(task: SequencerTask, precision: Precision, *, num_images: in
     Raises:
         TrainingError: Not even the smallest size fits.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     limit = max(SMALLEST, num_images // UPDATES_PER_EPOCH)
     stepper = _Stepper(task.to(device).train(), precision, device)
     if device.type == "cuda":

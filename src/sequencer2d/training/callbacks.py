@@ -83,8 +83,8 @@ def _json_number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-class StopRequested(Exception):
-    """Training was asked to stop and left a checkpoint to go on from."""
+class StopRequested(BaseException):
+    """A run was asked to stop, and can go on. Like `KeyboardInterrupt`, it is no error that a part could make good."""
 
 
 class Checkpoints(pl.Callback):
@@ -175,6 +175,11 @@ class Checkpoints(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """What a stop signal does to a run that is set up, or evaluated at its end: no update is to be finished."""
+    raise KeyboardInterrupt if number == signal.SIGINT else StopRequested
 
 
 @contextmanager

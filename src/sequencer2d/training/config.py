@@ -100,11 +100,11 @@ class TrainConfig:
     early_stopping: int | None = None
     """Stop after so many validations without a better one; never by default."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward and backward pass; auto takes bf16 where the processor has instructions for it."""
+    """Arithmetic of the forward and backward pass; auto: bf16 where a CPU is faster in it, on a GPU bf16 or fp16."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes share the work: each has the whole model, or (fsdp) a part of its weights."""
     grad_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: a third of the memory, slower."""
+    """Compute activations again in the backward pass instead of keeping them: less memory, slower."""
     compile: bool = False
     """Compile norms, MLPs, stem and head with torch.compile: for GPUs; on CPUs it gains nothing and takes a minute."""
     deterministic: bool = False

@@ -18,6 +18,7 @@ import sequencer2d.registry  # noqa: F401 - timm then knows our variants, and ou
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.finetune_config import DistillConfig
 from sequencer2d.weights import load_model
+from sequencer2d.zoo import packaged_file
 
 log = logging.getLogger("sequencer2d")
 
@@ -87,7 +88,8 @@ def load_teacher(config: DistillConfig, class_names: tuple[str, ...]) -> Teacher
     """The teacher that a config asks for, on the CPU; None if it asks for none.
 
     Args:
-        config: Names a run folder or file (as `load_model` takes them), or a model of timm's, its hub's among them.
+        config: Names a run folder, a file or weights in the package (as `load_model` takes them), or a model of timm's,
+            its hub's among them.
         class_names: The student's classes, which the teacher must know, in this order as far as it tells.
 
     Raises:
@@ -96,7 +98,8 @@ def load_teacher(config: DistillConfig, class_names: tuple[str, ...]) -> Teacher
     """
     if config.teacher is None:
         return None
-    if Path(config.teacher).exists() and config.teacher_file is None:
+    here = Path(config.teacher).exists() or packaged_file(config.teacher) is not None
+    if here and config.teacher_file is None:
         teacher, names = _ours(config)
     else:
         teacher, names = _timms(config.teacher, len(class_names), config)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -43,7 +43,10 @@ def explained(config: TrainConfig, run_dir: Path) -> Iterator[None]:
             ) from error
         raise
     except FileNotFoundError as error:
-        raise TrainingError(f"{error}; checkpoints so far are whole: bring it back, then {go_on}") from error
+        what = str(error)
+        if what.startswith("Caught "):  # in a process that loads images, with its traceback; the last line is the error
+            what = what.strip().splitlines()[-1].removeprefix("FileNotFoundError: ")
+        raise TrainingError(f"{what}; checkpoints so far are whole: bring it back, then {go_on}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "the disk is full"
@@ -99,11 +102,14 @@ def load_fault(path: Path) -> tuple[dict[str, Tensor], list[Batch], dict[str, An
     Raises:
         ValueError: It is no such file.
     """
-    with safe_open(path, framework="pt") as file:
-        facts = (file.metadata() or {}).get("sequencer2d_fault")
-        if facts is None:
-            raise ValueError(f"{path} is no record of a fault in training")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = (file.metadata() or {}).get("sequencer2d_fault")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
+    if facts is None:
+        raise ValueError(f"{path} is no record of a fault in training")
     state = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     count = len(tensors) - len(state)
     batches = [

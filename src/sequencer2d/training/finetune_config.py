@@ -27,7 +27,7 @@ class DistillConfig:
     """Knowledge distillation: a teacher sees the same mixed images, and its answers are a part of the targets."""
 
     teacher: str | None = None
-    """A run folder or file, hf-hub:user/name, or any model of timm's with its pretrained weights; none by default."""
+    """A run folder, file, name with weights in the package, hf-hub:user/name, or model of timm's with its weights."""
     teacher_file: str | None = None
     """Local weights for a teacher that is a model of timm's."""
     kind: Literal["soft", "hard"] = "soft"

@@ -223,7 +223,8 @@ def _cpu_name() -> str:
 def _commit() -> str | None:
     """The commit of the checkout that this file lies in, with a + where it has changes; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    try:
+    try:  # an environment may lie in the checkout of something else
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

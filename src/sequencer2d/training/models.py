@@ -18,6 +18,10 @@ def new_model(config: TrainConfig, num_classes: int, *, backend: str = "auto") -
         ValueError: There is no such model, or it has no such argument.
     """
     if not is_peer(config.model):
+        if misplaced := {"name", "backend", "pretrained"} & set(config.model_args):
+            name = min(misplaced)
+            option = {"name": "--model", "backend": "--backend", "pretrained": "--weights"}[name]
+            raise ValueError(f"model_args.{name} is no part of the architecture; give {option}")
         return create_model(config.model, backend=backend, **{"num_classes": num_classes, **config.model_args})
     assert config.image_size is not None
     name = config.model.removeprefix(PEER_PREFIX)

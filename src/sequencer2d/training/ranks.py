@@ -63,7 +63,7 @@ class Ranks:
         if self.is_first:
             try:
                 answer[0] = function()
-            except Exception as error:
+            except BaseException as error:  # a request to stop, too
                 answer[1] = error
         distributed.broadcast_object_list(answer, src=0)
         if answer[1] is not None:

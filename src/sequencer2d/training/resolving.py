@@ -72,7 +72,7 @@ def _configs_of_begun_runs(config: TrainConfig, data_name: str, model_name: str)
 def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -> int:
     """For all processes together, by trying in this one."""
     classes = len(data.class_names)
-    model = new_model(config, classes)
+    model = new_model(config, classes, backend=config.backend)
     freeze(model, config.finetune.freeze)
     prepare(model, config)
     teacher = load_teacher(config.distill, data.class_names)

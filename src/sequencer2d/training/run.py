@@ -24,6 +24,7 @@ from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
+from sequencer2d.inference import best_device
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import Classifier, Peer
 from sequencer2d.training.callbacks import (
@@ -32,6 +33,7 @@ from sequencer2d.training.callbacks import (
     StopRequested,
     TrainingProgress,
     keep_signals,
+    stop_at_once,
     stop_signals_to,
 )
 from sequencer2d.training.checkpoints import (
@@ -95,6 +97,7 @@ class TrainResult:
     """One message for each image that could not be read."""
 
 
+@stop_signals_to(stop_at_once)  # but `_fit` finishes an update first
 def train(config: TrainConfig, given: Collection[str] | None = None) -> TrainResult:
     """Trains by a config and leaves a run folder: config, split, metrics, checkpoints, model file and report.
 
@@ -111,6 +114,7 @@ def train(config: TrainConfig, given: Collection[str] | None = None) -> TrainRes
         TrainingError: Training broke off, by numbers out of range, for want of memory or disk, or because a process
             died, or it could not begin for want of memory or a compiler; the message says what to do.
         OSError: The run folder cannot be written to.
+        StopRequested: SIGTERM or SIGUSR1 came while the run was set up.
     """
     ranks = join_ranks()
     resumed_from = resume_path(config.resume)
@@ -127,7 +131,7 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     if len(data.train) < 2:
         raise ValueError(f"{data.name} has {len(data.train)} training images; at least 2 are needed")
     if config.compile:
-        check_compiler(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        check_compiler(best_device())
     config = ranks.of_first(lambda: resolve_for(config, data, ranks))
     run_dir = ranks.of_first(lambda: run_of(resumed_from) if resumed_from else choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
@@ -155,7 +159,12 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
             run.write_description()
         task, stopped = _fit(run, model, teacher, precision, checkpoint)
         result = _result(run, model, task, finished=not stopped)
-        return result if stopped else ranks.of_first(lambda: _finish(run, task, result))
+        if stopped:
+            return result
+        try:
+            return ranks.of_first(lambda: _finish(run, task, result))
+        except StopRequested:  # when it goes on, the best weights are evaluated
+            return replace(result, finished=False)
 
 
 def replay_fault(path: str | Path) -> list[float]:
@@ -362,7 +371,7 @@ def _fit(
     with warnings.catch_warnings(), stop_signals_to(checkpoints.request):
         _ignore_lightning_advice()
         trainer = pl.Trainer(
-            accelerator="auto",
+            accelerator=best_device().type,
             devices=ranks.local_world_size,
             num_nodes=ranks.num_nodes,
             strategy=_strategy(config, ranks),
@@ -396,10 +405,12 @@ def _fit(
             )
         except StopRequested:
             return task, True
+        except SystemExit as error:  # Lightning's answer to the second Ctrl-C
+            raise KeyboardInterrupt from error
         finally:
             close_loggers(loggers)
     task.put_together()
-    return task, False
+    return task, ranks.highest(int(checkpoints.requested)) == 1
 
 
 def _strategy(config: TrainConfig, ranks: Ranks) -> Any:
@@ -415,6 +426,7 @@ def _ignore_lightning_advice() -> None:
     for message in (
         "The '.*_dataloader' does not have many workers",
         "Found .* module\\(s\\) in eval mode",  # the averaged weights
+        "GPU available but not used",  # Apple's, on which nobody has tried it
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
         "`broadcast_buffers` is deprecated",  # what replaces it is in the newest torch only
         "It is recommended to use `self.log\\(.*sync_dist=True",  # of clocks, which the first rank tells
@@ -439,7 +451,7 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(best_device())
     workers = run.config.num_workers or 0
     evaluation, answers = evaluate_images(model, run.config.preprocessing, images, **names, num_workers=workers)
     skipped = tuple(dict.fromkeys([*task.skipped, *evaluation.skipped]))

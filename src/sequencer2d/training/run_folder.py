@@ -99,12 +99,12 @@ def resume_path(resume: str) -> Path | None:
     if resume in ("auto", "never"):
         return None
     path, restarts = Path(resume), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return path.parent.parent if path.suffix == ".ckpt" and restarts else path
+    return path.absolute().parent.parent if path.suffix == ".ckpt" and restarts else path
 
 
 def run_of(path: Path) -> Path:
     """The run folder of a folder or checkpoint given to --resume."""
-    run_dir = path.parent.parent if path.is_file() else path
+    run_dir = path.absolute().parent.parent if path.is_file() else path
     if not (run_dir / "config.yaml").is_file():
         raise FileNotFoundError(f"{path} is no run to resume: {run_dir / 'config.yaml'} is missing")
     return run_dir

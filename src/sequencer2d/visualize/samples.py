@@ -11,6 +11,7 @@ from sequencer2d.evaluation import Answers
 
 NUM_SAMPLES = 24
 MAX_SIDE = 256  # pixels
+MAX_LABEL = 50  # characters of a file's name, which may have 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,5 +60,5 @@ def write_samples(folder: Path, samples: list[Sample]) -> None:
     """Writes the images as PNG files that are named after their number and class."""
     folder.mkdir(exist_ok=True)
     for number, sample in enumerate(samples):
-        label = "".join(character if character.isalnum() else "_" for character in sample.label)
+        label = "".join(character if character.isalnum() else "_" for character in sample.label)[:MAX_LABEL]
         Image.fromarray(sample.image).save(folder / f"{number:02d}-{label}.png")
