@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# what an installation depends on: kernels that are built in it, too
+SOURCES := pyproject.toml setup.py $(wildcard src/sequencer2d/native/kernels/*)
 RUN := runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 .PHONY: quickstart test test-all lint wheel check
@@ -33,10 +35,10 @@ check: lint wheel test # which installs the wheel and tries it
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+$(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml
+$(VENV)/installed-dev: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

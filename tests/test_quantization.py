@@ -2,13 +2,17 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from timm.layers import LayerScale
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from sequencer2d import quantization
 from sequencer2d.layers import MIXERS
@@ -181,6 +185,58 @@ def test_other_mixers_are_refused_by_name(mixer: str) -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match=rf"stages\.0\.blocks\.0\.rnn_tokens is {mixer}, so use bf16"):
         quantize(Sequencer2D(config), torch.randn(1, 3, 8, 8))
+
+
+OTHER_PARTS: dict[str, Callable[[Any], Any]] = {
+    "activation": lambda block: setattr(block.mlp_channels, "act", nn.ReLU()),
+    "approximate GELU": lambda block: setattr(block.mlp_channels, "act", nn.GELU(approximate="tanh")),
+    "layer scale": lambda block: setattr(block, "drop_path", LayerScale(23)),
+    "linear layer": lambda block: parametrizations.weight_norm(block.rnn_tokens.fc),
+    "norm": lambda block: setattr(block, "norm2", nn.Identity()),
+    "another epsilon": lambda block: setattr(block.norm2, "eps", 1e-3),
+    "norm without bias": lambda block: setattr(block.norm1, "bias", None),
+    "LSTM without biases": lambda block: setattr(
+        block.rnn_tokens, "rnn_v", nn.LSTM(23, 5, bias=False, batch_first=True, bidirectional=True)
+    ),
+    "one direction": lambda block: setattr(block.rnn_tokens, "rnn_h", nn.LSTM(23, 10, batch_first=True)),
+    "hook": lambda block: block.mlp_channels.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("part", OTHER_PARTS)
+def test_other_parts_of_a_block_are_refused_by_name(part: str, config: SequencerConfig) -> None:
+    model = trained_like(config)
+    OTHER_PARTS[part](model.get_submodule("stages.0.blocks.1"))
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.1 has other parts or hooks; use bf16"):
+        quantize(model, torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_it_follows_its_state_dict(inference: bool, config: SequencerConfig) -> None:
+    images = torch.randn(4, 3, 16, 16)
+    with torch.inference_mode(inference):
+        one, other = (quantize(trained_like(config, seed), images) for seed in (1, 2))
+    for _ in range(2):
+        expected = other(images)
+        assert not torch.equal(one(images), expected)
+        one.load_state_dict(other.state_dict())
+        assert torch.equal(one(images), expected)
+        assert torch.equal(copy.deepcopy(one)(images), expected)
+        other = quantize(trained_like(config, 3), images)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_it_is_not_traced_since_a_trace_would_hold_no_block(config: SequencerConfig) -> None:
+    images = torch.randn(2, 3, 16, 16)
+    with pytest.raises(RuntimeError, match="an int8 model cannot be traced"):
+        torch.jit.trace(quantize(trained_like(config), images), images)
+
+
+def test_a_model_with_checkpointing_is_taken(config: SequencerConfig) -> None:
+    model, images = trained_like(config), torch.randn(2, 3, 16, 16)
+    expected = quantize(model, images)(images)
+    model.set_grad_checkpointing()
+    assert torch.equal(quantize(model, images)(images), expected)
 
 
 def test_what_cannot_be_is_said(config: SequencerConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,21 @@ from study.tables import mean_of, rounded_count, write_table
 
 HEAD = """# Results
 
-Accuracy is chosen on validation images, which are split off the training images, and read on test images once.
-Several runs of a row differ by their seed: *mean ± sample standard deviation*. Minutes are wall-clock of the training
-with its validations, without reading the data and the final evaluation. Images/s is the median over the training's
-steps. MACs are the multiply-accumulates of one image at the size of the training: by our formulas for Sequencers, whose
-LSTMs counters skip, and by PyTorch's counter for others. *Flips* averages the answers for an image and its mirror image
-(`sequencer2d evaluate RUN --flips`). Each label leads to the command of its run.
+The weights of a run are those of its best validation, on images split off the training images; validation accuracy is
+that best one, and so a little high. Test images decide nothing, and each number on them is read once. Several runs of
+a row differ by their seed: *mean ± sample standard deviation*; *(of 2)* where only two were measured. Minutes are
+wall-clock of the training with its validations, without reading the data and the final evaluation; images/s are the
+images seen over these. MACs are the multiply-accumulates of one image at the final size of the training: by our
+formulas for Sequencers, whose LSTMs counters skip, and by PyTorch's counter for others. *Flips* averages the answers
+for an image and its mirror image (`sequencer2d evaluate RUN --flips`). Each label leads to the command of its run.
 
 This page is written by `python docs/make_results.py` from the summaries of runs and `study.yaml` in `docs/results/`.
 """
+
+COMMANDS = """\
+Each gives its row at its commit (`git checkout COMMIT`, installed anew): recipes, nets and the weights in the package
+have changed since. What was evaluated after the training: `sequencer2d evaluate RUN --split test`, with `--flips` or
+`--image-size SIZE`."""
 
 X_LABELS = {
     "parameters": "parameters",
@@ -160,7 +166,7 @@ def _commands(labels: dict[str, str], runs: dict[str, Run]) -> str:
             facts.append(f"{run.result['num_skipped']} unreadable images")
         command = run.environment["command"]
         commands.append(f'- <a id="run-{name}"></a>{label}: `{command}` ({", ".join(facts)})')
-    return "\n\n".join(["## Commands", *described, "\n".join(commands)])
+    return "\n\n".join(["## Commands", COMMANDS, *described, "\n".join(commands)])
 
 
 def _slug(title: str) -> str:

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +48,21 @@ class Run:
         return self.result["updates"] * self.config["batch_size"] * self.config["accumulate"]
 
     @property
+    def images_per_s(self) -> float:
+        """Those over the training's seconds, validations included."""
+        return self.images_seen / (60 * self.result["minutes"])
+
+    @property
     def machine(self) -> str:
-        """Processor, cores and versions, for people; the package's own version follows from the commit."""
+        """Processor, cores, versions and system, for people; the package's own version follows from the commit.
+
+        Of virtual machines whose processors have the same name, the system's name tells which are equally fast.
+        """
         machine = self.environment
         versions = [f"{name} {of}" for name, of in machine["packages"].items() if name != "sequencer2d"]
         return (
             f"{machine['gpu'] or machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} of "
-            f"{machine['cores']} cores; {', '.join(versions)}"
+            f"{machine['cores']} cores; {', '.join(versions)}; {machine['platform']}"
         )
 
     def top1(self, split: str, *, flips: bool = False, precision: str = "fp32") -> float | None:
@@ -162,13 +169,11 @@ def uncommitted(environment: Mapping[str, Any]) -> list[str | None]:
 
 
 def summarise_result(result: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the page shows of `result.json`, and two figures of the metrics before they are thinned."""
+    """What the page shows of `result.json`, and the epochs by the metrics before they are thinned."""
     kept = {key: result[key] for key in ("num_parameters", "updates", "minutes", "val_top1")}
-    speeds = [row["images_per_s"] for row in rows if "images_per_s" in row]
     return {
         **kept,
         "epochs": max(row["epoch"] for row in rows if "epoch" in row),
-        "images_per_s": statistics.median(speeds) if speeds else None,
         "num_skipped": len(result["skipped"]),
         "evaluation": summarise_evaluation(result["evaluation"]),
     }

@@ -64,7 +64,7 @@ COLUMNS: dict[str, Column] = {
     "images": Column(heading="images seen", value=lambda run: run.images_seen, text=short_count),
     "epochs": Column(heading="epochs", value=lambda run: run.result["epochs"], text="{:.1f}".format),
     "minutes": Column(heading="minutes", value=lambda run: run.result["minutes"], text="{:.1f}".format),
-    "images_per_s": Column(heading="images/s", value=lambda run: run.result["images_per_s"], text="{:,.0f}".format),
+    "images_per_s": Column(heading="images/s", value=lambda run: run.images_per_s, text="{:,.0f}".format),
     "val": _share("val top-1", lambda run: run.top1("val")),
     "test": _share("test top-1", lambda run: run.top1("test")),
     "flips": _share("test top-1, flips", lambda run: run.top1("test", flips=True)),

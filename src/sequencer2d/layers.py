@@ -351,7 +351,11 @@ class Convolutions(nn.Sequential):
             modules = list(self)
             while modules:
                 module = modules.pop(0)
-                if isinstance(module, nn.BatchNorm2d) and native.norms(self.backend, input, module, modules[0]):
+                if (
+                    isinstance(module, nn.BatchNorm2d)
+                    and modules
+                    and native.norms(self.backend, input, module, modules[0])
+                ):
                     input = native.norm_gelu(input, module)
                     del modules[0]
                 else:

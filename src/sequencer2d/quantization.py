@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from sequencer2d.layers import BiLSTM2D, Downsample2D, PatchEmbed, Sequencer2DBlock, divisible
 from sequencer2d.model import Sequencer2D, Stage
 from sequencer2d.native import library, weights
-from sequencer2d.native.int8 import VNNI, Affine, Int8Linear, finish, project
+from sequencer2d.native.inference import has_plain_parts
+from sequencer2d.native.int8 import VNNI, Affine, Int8Linear, Packed, finish, project
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ CLIP = 8.0
 """Ranges end so many standard deviations from the mean at most: a rare outlier shall not coarsen all the others."""
 
 
+@torch.inference_mode(False)  # tensors of which have no version, by which a change is seen
 def quantize(model: Sequencer2D, images: Float[Tensor, "N C H W"], *, batch_size: int = 16) -> Sequencer2D:
     """A copy of a model for inference on the CPU, whose linear layers compute in int8.
 
@@ -43,13 +45,15 @@ def quantize(model: Sequencer2D, images: Float[Tensor, "N C H W"], *, batch_size
         batch_size: How many of them go through the model at a time.
 
     Raises:
-        ValueError: The model has another mixer, there are no images, they or the weights hold what is no number, or
-            the CPU kernels are not there.
+        ValueError: The model has another mixer or other parts in a block, there are no images, they or the weights hold
+            what is no number, or the CPU kernels are not there.
     """
     for name, block in _blocks(model):
         if type(block.rnn_tokens) is not BiLSTM2D:
             mixer = type(block.rnn_tokens).__name__
             raise ValueError(f"int8 is for BiLSTM2D; {name}.rnn_tokens is {mixer}, so use bf16 or fp32")
+        if not has_plain_parts(block):
+            raise ValueError(f"int8 is for blocks as they are made; {name} has other parts or hooks; use bf16 or fp32")
     if not len(images):
         raise ValueError("there are no images to measure ranges on; give some dozens of training or validation images")
     try:
@@ -61,6 +65,7 @@ def quantize(model: Sequencer2D, images: Float[Tensor, "N C H W"], *, batch_size
             "int8 runs in the kernel %s, without instructions for it (VNNI): bf16 or fp32 may be faster", kernel.name
         )
     quantized = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    quantized.set_grad_checkpointing(False)
     ranges = _measure(quantized, images, batch_size)
     has_bf16 = kernel.name in VNNI
     if has_bf16 and isinstance(quantized.stem, PatchEmbed):
@@ -181,7 +186,7 @@ class Int8Block(nn.Module):
         self.norm2 = _after(block.norm2, *to_bytes)
         self.fc2, *to_bytes = _linear(mlp.fc2.weight, mlp.fc2.bias, ranges.fc2)
         self.active = Affine(*to_bytes)
-        self._packed: tuple[str, Tensor] | None = None  # recurrent weights, and for which kernel
+        self._packed = Packed()  # recurrent weights
 
     def run(self, x: Float[Tensor, "B H W C"], gates: Tensor, hidden: Tensor) -> None:
         """The block, in place of its input; `gates` `[N, 16·D]` and `hidden` `[N, 4·D]` are memory for it."""
@@ -189,10 +194,9 @@ class Int8Block(nn.Module):
         tokens = x.view(-1, C)
         kernel = library.kernel()
         shape = library.Shape(batch=B, height=H, width=W, hidden=self.hidden_size, vertical=2, horizontal=2)
-        if self._packed is None or self._packed[0] != kernel.name:
-            self._packed = (kernel.name, kernel.pack(shape, None, self.w_hh, backward=False))
+        w_hh = self._packed.of(self.w_hh, kernel, lambda: kernel.pack(shape, None, self.w_hh, backward=False))
         project(tokens, self.norm1, self.project, self.eps, gates)
-        kernel.forward(shape, self._packed[1], None, None, gates, None, hidden)
+        kernel.forward(shape, w_hh, None, None, gates, None, hidden)
         finish(hidden, tokens, self.states, self.fc, self.norm2, self.fc1, self.active, self.fc2, self.eps)
 
 
@@ -213,8 +217,10 @@ class Int8Blocks(nn.Module):
 
         Raises:
             ValueError: The tensor is not on the CPU.
-            RuntimeError: A gradient is asked for.
+            RuntimeError: A gradient is asked for, or a trace, which would not see what the kernels do.
         """
+        if torch.jit.is_tracing():
+            raise RuntimeError("an int8 model cannot be traced, nor exported by a trace; take the original model")
         if x.device.type != "cpu":
             raise ValueError(f"int8 is for the CPU, and the images are on {x.device.type}; move model and images there")
         if torch.is_grad_enabled() and x.requires_grad:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from sequencer2d import create_model, native, set_backend
 from sequencer2d.layers import Sequencer2DBlock
@@ -264,6 +265,33 @@ def test_layers_in_the_place_of_ours_are_used() -> None:
         assert torch.equal(native.linear(fc, x, "auto"), -before)
     norm = nn.GroupNorm(1, 2)
     assert torch.equal(native.residual_norm(x, None, nn.Identity(), norm, "auto")[1], norm(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_another_module_in_the_place_of_drop_path_is_called(training: bool) -> None:
+    block = Sequencer2DBlock(16, 4).train(training)
+    scale = LayerScale(16)
+    nn.init.uniform_(scale.gamma, 0.1, 2)
+    block.drop_path = scale  # type: ignore[assignment]
+    x = torch.randn(3, 4, 4, 16)
+    outputs, slopes = {}, {}
+    for backend in ("auto", "torch"):
+        set_backend(block, backend)
+        outputs[backend] = block(x)
+        (slopes[backend],) = torch.autograd.grad(outputs[backend].square().sum(), scale.gamma)
+    torch.testing.assert_close(outputs["auto"], outputs["torch"])
+    torch.testing.assert_close(slopes["auto"], slopes["torch"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_global_hooks_see_every_part(training: bool) -> None:
+    block, seen = Sequencer2DBlock(16, 4).train(training), set()
+    handle = register_module_forward_hook(lambda module, *_: seen.add(type(module)) and None)
+    try:
+        block(torch.randn(1, 4, 4, 16))
+    finally:
+        handle.remove()
+    assert seen >= {nn.LayerNorm, nn.LSTM, nn.Linear, Mlp, nn.GELU}
 
 
 def test_dropout_is_pytorchs() -> None:

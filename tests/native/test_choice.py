@@ -116,6 +116,27 @@ def test_what_the_kernels_cannot_do_is_for_pytorch() -> None:
     assert serves("auto", X, *rnns)
 
 
+@needs_kernels
+@pytest.mark.parametrize("bf16", [False, True])
+def test_sizes_that_do_not_fit_are_pytorchs_error(bf16: bool) -> None:
+    layer = BiLSTM2D(8, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected = layer(X)
+        for channels in (4, 12):
+            with pytest.raises((RuntimeError, ValueError), match=r"input.size"):
+                layer(torch.randn(1, 3, 4, channels))
+        assert torch.equal(layer(X), expected)
+
+
+@needs_kernels
+def test_lstms_of_unlike_sizes_run_in_pytorch() -> None:
+    layer = BiLSTM2D(8, 3)
+    layer.rnn_h = nn.LSTM(8, 5, batch_first=True, bidirectional=True)
+    layer.fc = nn.Linear(16, 8)
+    assert not serves("auto", X, layer.rnn_v, layer.rnn_h)
+    assert layer(X).shape == X.shape
+
+
 def test_train_takes_every_backend() -> None:
     from sequencer2d.training.config import TrainConfig
 

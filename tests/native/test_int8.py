@@ -1,5 +1,11 @@
 """The int8 kernels compute what their formulas say, in exact integers between roundings, at any size."""
 
+import copy
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -7,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sequencer2d.native import available
-from sequencer2d.native.int8 import Affine, Int8Linear, finish, project
+from sequencer2d.native import available, int8, library
+from sequencer2d.native.int8 import Affine, Int8Linear, Packed, finish, project
 
 pytestmark = pytest.mark.skipif(not available(), reason="the package was installed without kernels")
 
@@ -146,3 +152,55 @@ def test_threads_change_nothing(kernel_name: str, threads: int) -> None:
     project(x, norm, linear, EPS, many)
     torch.set_num_threads(1)
     assert torch.equal(one, many)
+
+
+def test_weights_live_as_long_as_a_kernel_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that calls for the first time, too, may put its own in their place meanwhile."""
+    by, linear, alive = copy.copy(library.kernel()), make_linear(32, 16), []
+    real = by.library.sequencer2d_int8_project
+
+    def watched(number: int, arguments: Any) -> int:
+        assert linear._packed._kept is not None
+        weights = weakref.ref(linear._packed._kept[3])
+        linear._packed = Packed()
+        gc.collect()
+        alive.append(weights() is not None)
+        return real(number, arguments)
+
+    names = ("sequencer2d_packed_int8_bytes", "sequencer2d_pack_int8")
+    functions = {name: getattr(by.library, name) for name in names}
+    object.__setattr__(by, "library", SimpleNamespace(**functions, sequencer2d_int8_project=watched))
+    monkeypatch.setattr(int8, "kernel", lambda: by)
+    project(torch.randn(8, 32), make_affine(32, 1.0), linear, EPS, torch.empty(8, 16, dtype=torch.bfloat16))
+    assert alive == [True]
+
+
+def test_weights_are_packed_once_and_anew_after_a_change() -> None:
+    linear, x, norm = make_linear(32, 16), torch.randn(8, 32), make_affine(32, 1.0)
+
+    def gates() -> Tensor:
+        out = torch.empty(8, 16, dtype=torch.bfloat16)
+        project(x, norm, linear, EPS, out)
+        return out
+
+    before = gates()
+    kept = linear._packed._kept
+    assert torch.equal(gates(), before)
+    assert linear._packed._kept is kept
+    other = make_linear(32, 16)
+    linear.load_state_dict(other.state_dict())
+    after = gates()
+    assert not torch.equal(after, before)
+    again = copy.deepcopy(linear)
+    linear = other
+    assert torch.equal(gates(), after)
+    linear = again
+    assert torch.equal(gates(), after)
+    for _ in range(2):  # a copy of what has changed since it was called
+        linear = make_linear(32, 16)
+        for _ in range(2):
+            gates()
+            linear.load_state_dict(other.state_dict())
+            linear = copy.deepcopy(linear)
+            assert torch.equal(gates(), after)
+            linear.load_state_dict(make_linear(32, 16).state_dict())

@@ -355,3 +355,27 @@ def test_there_is_no_second_derivative() -> None:
         (grad,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.float().sum().backward()
+
+
+def test_images_of_other_channels_are_pytorchs_error() -> None:
+    with torch.no_grad(), pytest.raises(RuntimeError, match="128 channels"):
+        conv(64, 64)(image(2, 128, 8, 8, dtype=torch.float32))
+
+
+def test_a_norm_may_be_the_last() -> None:
+    x = image(2, 64, 8, 8)
+    module = norm_gelu(64)
+    assert torch.equal(module[:1](x), module[0](x))
+
+
+def test_another_default_dtype_or_device_is_no_trouble() -> None:
+    stem._weight_transform.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = stem._weight_transform()
+    finally:
+        torch.set_default_dtype(before)
+        stem._weight_transform.cache_clear()
+    assert torch.equal(found, stem._weight_transform())

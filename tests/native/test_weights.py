@@ -11,7 +11,7 @@ from torch import nn
 
 from lstms import by_pytorch
 from sequencer2d.layers import BiLSTM2D
-from sequencer2d.native import available, bilstm2d, weights
+from sequencer2d.native import available, bilstm2d, linear, weights
 
 pytestmark = pytest.mark.skipif(not available(), reason="the package was installed without kernels")
 
@@ -104,6 +104,15 @@ def test_a_change_is_seen(change: Callable[[BiLSTM2D], None]) -> None:
         check(layer)
         change(layer)
         check(layer)
+
+
+def test_a_parameter_that_shrinks_in_its_place_is_seen() -> None:
+    layer, x = nn.Linear(64, 64), torch.randn(2, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        linear(layer, x, "auto")
+        layer.weight.data = layer.weight.data[:16]
+        layer.bias.data = layer.bias.data[:16]
+        assert linear(layer, x, "auto").shape == (2, 16)
 
 
 def test_few_values_are_compared() -> None:

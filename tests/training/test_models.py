@@ -19,7 +19,7 @@ from sequencer2d.prediction import predict
 from sequencer2d.training.config import AugmentConfig, TrainConfig
 from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
-from sequencer2d.training.models import check_peer
+from sequencer2d.training.models import check_peer, new_model
 from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.run import replay_fault, train
 from sequencer2d.training.seeds import train_seeds
@@ -185,11 +185,21 @@ def test_training_images_may_grow_where_the_model_takes_any_size(config: TrainCo
     assert train(replace(config, model=name, model_args=args, progressive=growing, epochs=2)).finished
 
 
+def test_the_backend_reaches_the_model(config: TrainConfig) -> None:
+    name, args = CONVOLUTIONAL
+    resolved = replace(config, model=name, model_args=args, image_size=16)
+    for backend in ("auto", "torch"):
+        backends = {getattr(module, "backend", None) for module in new_model(resolved, 3, backend=backend).modules()}
+        assert backends - {None} == {backend}
+
+
 def test_a_model_that_does_not_take_the_images_is_told_of_at_once(config: TrainConfig) -> None:
     with pytest.raises(
         ValueError, match=r"timm/test_coatnet does not take images of 15 pixels \(.*another --image-size"
     ):
         train(replace(config, model="timm/test_coatnet", model_args={}, image_size=15))
+    with pytest.raises(ValueError, match="another --image-size"):
+        train(replace(config, model="timm/test_coatnet", model_args={}, image_size=15, batch_size="auto"))
     assert not Path(str(config.run_dir)).exists()
 
 

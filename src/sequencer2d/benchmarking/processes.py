@@ -139,7 +139,7 @@ class _Process:
         self.end()  # its memory is for the others
 
     def _last_words(self) -> str:
-        if self._process.returncode == -signal.SIGKILL:
+        if self._process.returncode == -9:  # SIGKILL, which Windows has not
             return ": killed, as the system does when memory runs out"
         self._stderr.seek(0)
         lines = [line.strip() for line in self._stderr if line.strip()]
@@ -154,6 +154,6 @@ class _Process:
                 self._process.kill()
         for stream in (self._process.stdin, self._process.stdout, self._stderr):
             if stream is not None:
-                with suppress(BrokenPipeError):
+                with suppress(OSError):  # a broken pipe, which has other names on other systems
                     stream.close()
         self._process.wait()

@@ -8,13 +8,16 @@ and compilers fuse those themselves.
 from typing import Any
 
 import torch
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sequencer2d.native import matmul, weights
 from sequencer2d.native.choice import computing_dtype, is_plain, is_unobserved, ready
 from sequencer2d.native.library import kernel
+
+DROP_PATHS = (nn.Identity, DropPath)
+"""What the kernels know to do in the place of `drop_path`."""
 
 
 def residual_norm(
@@ -40,7 +43,7 @@ def residual_norm(
         and norm.normalized_shape == x.shape[-1:]
         and (x.dtype, dtype) in TYPES
         and all(tensor.is_contiguous() and tensor.shape == x.shape for tensor in tensors)
-        and (branch is None or branch.dtype == dtype)
+        and (branch is None or (branch.dtype == dtype and type(drop_path) in DROP_PATHS))
         and x.numel() > 0
     ):
         x = x if branch is None else x + drop_path(branch)

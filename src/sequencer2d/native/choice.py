@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
 from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sequencer2d.native.library import Unavailable, has_threads, kernel, kernels
@@ -86,7 +87,7 @@ def ready(backend: str) -> bool:
     """Whether kernels that no compiler, tracer or transform knows may run: in eager execution, where they are there."""
     if backend == "torch" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return peek_interpreter_stack() is None and not _missing()
+    return peek_interpreter_stack() is None and not _has_any_global_hook() and not _missing()
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
@@ -130,11 +131,15 @@ def _unfit(x: Tensor, rnns: tuple[nn.Module, ...]) -> str:
         return f"tensors are on {x.device.type}"
     if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return "torch.func transforms have no rule for the kernels"
+    # A counter of operations has such hooks, too, and sees those of the kernels.
+    observed = not torch.compiler.is_compiling() and _has_any_global_hook() and _get_current_dispatch_mode() is None
     for rnn in rnns:
-        if type(rnn) is not nn.LSTM or rnn.num_layers != 1 or rnn.proj_size or not rnn.bias:
+        if type(rnn) is not nn.LSTM or rnn.num_layers != 1 or rnn.proj_size or not (rnn.bias and rnn.batch_first):
             return f"the cell is {type(rnn).__name__}, not a plain nn.LSTM of one layer"
-        if not is_unobserved(rnn):
+        if not is_unobserved(rnn) or observed:
             return "hooks look into nn.LSTM"
+        if rnn.input_size != x.shape[-1] or rnn.hidden_size != rnns[0].hidden_size:
+            return "the sizes of the layers and the tokens differ"
     if torch.is_autocast_enabled("cpu"):
         dtypes = {torch.get_autocast_dtype("cpu")}
     else:

@@ -13,7 +13,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from sequencer2d.native import matmul, op, weights
-from sequencer2d.native.block import TYPES, run_norm
+from sequencer2d.native.block import DROP_PATHS, TYPES, run_norm
 from sequencer2d.native.choice import computing_dtype, is_plain, is_unobserved, ready
 from sequencer2d.native.library import Shape, kernel
 
@@ -69,9 +69,11 @@ def infer_block(block: nn.Module, x: Tensor, mixes: Callable[..., Tensor]) -> Te
         and mixer.backend == backend
         and rnn_v.num_layers == rnn_h.num_layers == 1
         and not (rnn_v.proj_size or rnn_h.proj_size)
+        and rnn_v.batch_first
+        and rnn_h.batch_first
         and rnn_h.bidirectional == bidirectional
         and act.approximate == "none"
-        and type(drop_path) in (nn.Identity, DropPath)
+        and type(drop_path) in DROP_PATHS
         and not (drop_path.training and type(drop_path) is DropPath)
         and not (drop1.training and drop1.p)
         and not (drop2.training and drop2.p)
@@ -103,6 +105,29 @@ _TYPES_OF_PLAIN = (
     *(nn.LayerNorm, nn.LayerNorm, nn.LSTM, nn.LSTM, nn.Linear),
     *(Mlp, nn.Linear, nn.GELU, nn.Dropout, nn.Identity, nn.Linear, nn.Dropout),
 )
+
+
+def has_plain_parts(block: Any) -> bool:
+    """Whether a `Sequencer2DBlock` of `BiLSTM2D` consists of what it was made of, and nobody looks into it."""
+    mixer, mlp = block.rnn_tokens, block.mlp_channels
+    parts = (block.norm1, block.norm2, mixer.rnn_v, mixer.rnn_h, mixer.fc, mlp)
+    if tuple(map(type, parts)) != _TYPES_OF_PLAIN[:6]:
+        return False
+    inner = (mlp.fc1, mlp.act, mlp.drop1, mlp.norm, mlp.fc2, mlp.drop2)
+    return (
+        tuple(map(type, inner)) == _TYPES_OF_PLAIN[6:]
+        and mlp.act.approximate == "none"
+        and type(block.drop_path) in DROP_PATHS
+        and all(map(_is_plain_lstm, (mixer.rnn_v, mixer.rnn_h)))
+        and mixer.rnn_v.hidden_size == mixer.rnn_h.hidden_size
+        and block.norm1.eps == block.norm2.eps
+        and all(value is not None for norm in (block.norm1, block.norm2) for value in (norm.weight, norm.bias))
+        and is_unobserved(block, mixer, block.drop_path, *parts, *inner)
+    )
+
+
+def _is_plain_lstm(rnn: nn.LSTM) -> bool:
+    return rnn.bias and rnn.batch_first and rnn.bidirectional and rnn.num_layers == 1 and not rnn.proj_size
 
 
 def _prepare(

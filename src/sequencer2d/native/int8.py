@@ -4,6 +4,7 @@ Shapes: `N` tokens, `C` channels of the block, `K` inputs and `M` outputs of a l
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from jaxtyping import BFloat16, Float, Int8
@@ -54,6 +55,25 @@ class _Finish(ctypes.Structure):
     ]
 
 
+class Packed:
+    """Weights in a kernel's order: made at the first call, and anew where they or the kernel have become others."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[str, Tensor, tuple[int, int | None], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, None]:
+        """Copies and pickles begin anew."""
+        return {"_kept": None}
+
+    def of(self, weight: Tensor, by: Kernel, make: Callable[[], Tensor]) -> Tensor:
+        """Whoever calls holds it until the kernel is done: other threads may put another in its place."""
+        version = (weight.data_ptr(), None if weight.is_inference() else weight._version)
+        kept = self._kept
+        if kept is None or kept[0] != by.name or kept[1] is not weight or kept[2] != version:
+            kept = self._kept = (by.name, weight, version, make())
+        return kept[3]
+
+
 class Affine(nn.Module):
     """How values become bytes, channel by channel: `round(scale · x + shift)`, within 0 and 255."""
 
@@ -82,15 +102,16 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("scale", scale.float().contiguous())
         self.register_buffer("bias", bias.float().contiguous())
-        self._packed: tuple[str, Tensor] | None = None  # and for which kernel
+        self._packed = Packed()
 
-    def pointers(self) -> _Linear:
-        """For the kernels; valid as long as this is."""
-        now = kernel()
-        if self._packed is None or self._packed[0] != now.name:
-            self._packed = (now.name, pack(self.weight, now))
+    def packed(self, by: Kernel) -> Int8[Tensor, "P"]:
+        """The weights in the order of a kernel."""
+        return self._packed.of(self.weight, by, lambda: pack(self.weight, by))
+
+    def pointers(self, packed: Int8[Tensor, "P"]) -> _Linear:
+        """For the kernels; valid as long as this and its `packed` weights are."""
         M, K = self.weight.shape
-        return _Linear(self._packed[1].data_ptr(), self.scale.data_ptr(), self.bias.data_ptr(), K, M)
+        return _Linear(packed.data_ptr(), self.scale.data_ptr(), self.bias.data_ptr(), K, M)
 
 
 def pack(weight: Int8[Tensor, "M K"], by: Kernel) -> Int8[Tensor, "P"]:
@@ -112,16 +133,17 @@ def project(
 
     All tensors are contiguous and on the CPU; `x` is fp32.
     """
+    now = kernel()
+    weights = linear.packed(now)
     arguments = _Project(
         tokens=x.shape[0],
         threads=torch.get_num_threads(),
         eps=eps,
         x=x.data_ptr(),
         norm=norm.pointers(),
-        linear=linear.pointers(),
+        linear=linear.pointers(weights),
         gates=gates.data_ptr(),
     )
-    now = kernel()
     check_status(now.library.sequencer2d_int8_project(now.number, ctypes.byref(arguments)))
 
 
@@ -141,6 +163,8 @@ def finish(
     `states`, `norm` and `active` turn into bytes what the three linear layers take. All tensors are contiguous and on
     the CPU; `x` is fp32.
     """
+    now = kernel()
+    weights = [layer.packed(now) for layer in (fc, fc1, fc2)]
     arguments = _Finish(
         tokens=x.shape[0],
         threads=torch.get_num_threads(),
@@ -148,11 +172,10 @@ def finish(
         hidden=hidden.data_ptr(),
         x=x.data_ptr(),
         states=states.pointers(),
-        fc=fc.pointers(),
+        fc=fc.pointers(weights[0]),
         norm=norm.pointers(),
-        fc1=fc1.pointers(),
+        fc1=fc1.pointers(weights[1]),
         active=active.pointers(),
-        fc2=fc2.pointers(),
+        fc2=fc2.pointers(weights[2]),
     )
-    now = kernel()
     check_status(now.library.sequencer2d_int8_finish(now.number, ctypes.byref(arguments)))

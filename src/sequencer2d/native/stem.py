@@ -40,6 +40,7 @@ def convolves(backend: str, x: Tensor, module: nn.Conv2d) -> bool:
         and module.groups == 1
         and module.bias is None
         and module.padding_mode == "zeros"
+        and module.in_channels == x.shape[1]
         and module.in_channels % CHANNELS == module.out_channels % CHANNELS == 0
         and x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
     )
@@ -192,5 +193,6 @@ def _image(like: Tensor, *size: int) -> Tensor:
 @cache
 def _weight_transform() -> Tensor:
     """`[16, 9]`: from 3×3 weights to the 4×4 of the algorithm, G ⊗ G."""
-    G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+    rows = [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
+    G = torch.tensor(rows, dtype=torch.float32, device="cpu")
     return torch.kron(G, G)

@@ -53,7 +53,7 @@ def packed(
     rnns: Sequence[nn.LSTM], tensors: Sequence[Tensor], dtype: torch.dtype, kernel: Kernel, shape: Shape
 ) -> Packed:
     """The weights of a layer for a call without gradients; `tensors` are all `parameters` of its LSTMs."""
-    key = (kernel.name, dtype, *rnns[1:])
+    key = (kernel.name, dtype)
     return kept(rnns[0], tensors, key, lambda: pack(rnns, dtype, kernel, shape))
 
 
@@ -76,15 +76,18 @@ _cache: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
 def kept(module: nn.Module, tensors: Sequence[Tensor], key: tuple[object, ...], make: Callable[[], T]) -> T:
     """What was made from the parameters of a module at the last call, where they are still the same.
 
-    They are if all parameters lie where they did, have the same version, and the same values at some places: writing
-    through `.data`, as some averages of weights do, leaves no trace in the version. Kept beside the module, not in it:
-    neither copies nor state dicts nor pickles see it.
+    They are if all parameters lie where they did, have the same shape and version, and the same values at some places:
+    writing through `.data`, as some averages of weights do, leaves no trace in the version. Kept beside the module, not
+    in it: neither copies nor state dicts nor pickles see it.
     """
     # lists, as these lines run 18 times for each parameter of an image, and generators take half as long again
     if any([tensor.is_inference() for tensor in tensors]):  # noqa: C419 - these have no version
         with torch.no_grad():
             return make()
-    key = (*key, *[(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.stride()) for tensor in tensors])
+    key = (
+        *key,
+        *[(tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors],
+    )
     entry = _cache.get(module)
     if entry is None or entry.key != key or not torch.equal(entry.samples, torch.cat(entry.views)):
         with torch.no_grad():

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import PEER_PREFIX, Classifier, Peer, PeerConfig, is_peer
 from sequencer2d.training.config import TrainConfig
@@ -25,7 +26,10 @@ def new_model(config: TrainConfig, num_classes: int, *, backend: str = "auto") -
         return create_model(config.model, backend=backend, **{"num_classes": num_classes, **config.model_args})
     assert config.image_size is not None
     name = config.model.removeprefix(PEER_PREFIX)
-    return Peer(PeerConfig(name=name, num_classes=num_classes, image_size=config.image_size, args=config.model_args))
+    peer = Peer(PeerConfig(name=name, num_classes=num_classes, image_size=config.image_size, args=config.model_args))
+    if backend == "torch":
+        set_backend(peer, backend)  # `native` is refused by `check_peer`
+    return peer
 
 
 def check_peer(model: Peer, config: TrainConfig, ranks: Ranks) -> None:

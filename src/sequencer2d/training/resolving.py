@@ -9,14 +9,14 @@ import torch
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
 from sequencer2d.data.catalog import ImageData
 from sequencer2d.data.images import ImageError
-from sequencer2d.peers import is_peer, usual_input
+from sequencer2d.peers import Peer, is_peer, usual_input
 from sequencer2d.training.batch_size import SMALLEST, find_batch_size
 from sequencer2d.training.config import TrainConfig, resolve
 from sequencer2d.training.distillation import load_teacher
 from sequencer2d.training.finetune import follow_weights, freeze
 from sequencer2d.training.finetune_config import ProgressiveConfig
 from sequencer2d.training.machine import choose_precision
-from sequencer2d.training.models import new_model, prepare
+from sequencer2d.training.models import check_peer, new_model, prepare
 from sequencer2d.training.ranks import Ranks
 from sequencer2d.training.run_folder import changed_fields, default_stem, load_run_config, numbered
 from sequencer2d.training.task import SequencerTask
@@ -73,6 +73,8 @@ def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -
     """For all processes together, by trying in this one."""
     classes = len(data.class_names)
     model = new_model(config, classes, backend=config.backend)
+    if isinstance(model, Peer):
+        check_peer(model, config, Ranks())
     freeze(model, config.finetune.freeze)
     prepare(model, config)
     teacher = load_teacher(config.distill, data.class_names)

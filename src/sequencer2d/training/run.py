@@ -180,7 +180,7 @@ def replay_fault(path: str | Path) -> list[float]:
     config = load_run_config(path.parent.parent)
     if config.distill.teacher:
         raise ValueError(f"{path} cannot be replayed: the run had a teacher, {config.distill.teacher}")
-    model = new_model(config, facts["num_classes"])
+    model = new_model(config, facts["num_classes"], backend="torch" if config.backend == "torch" else "auto")
     model.load_state_dict(state)
     freeze(model.train(), config.finetune.freeze)
     ranks = Ranks(rank=facts["rank"])
