@@ -16,7 +16,7 @@ SRC = Path(sequencer2d.__file__).parent
 
 TIERS: list[set[str]] = [
     {"native"},
-    {"cores", "files", "hub", "layers", "preprocessing"},
+    {"cores", "errors", "files", "hub", "layers", "preprocessing"},
     {"model"},
     {"adapters", "flops", "quantization"},
     {"peers"},

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor
 
+from sequencer2d.errors import first_line
 from sequencer2d.layers import resample_grid
 from sequencer2d.model import Sequencer2D, SequencerConfig
 
@@ -243,10 +244,10 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options that a checkpoint of timm's holds
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for files that are none of its own
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        why = first_line(error)
         if "Unsupported" in str(error) or "Weights only load failed" in str(error):
-            first_line = "it holds objects that could run code; save model.state_dict() instead"
-        raise ModelFileError(f"{path} cannot be read as weights: {first_line}") from error
+            why = "it holds objects that could run code; save model.state_dict() instead"
+        raise ModelFileError(f"{path} cannot be read as weights: {why}") from error
 
 
 def _unwrap(checkpoint: Any, path: Path) -> State:

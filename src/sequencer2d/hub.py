@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sequencer2d.errors import first_line
+
 PREFIX = "hf-hub:"
 """Begins the name of a model on the hub, as in timm: `hf-hub:user/name`."""
 
@@ -43,7 +45,7 @@ def download(repo_id: str, filename: str, *, instead: str) -> Path:
         raise FileNotFoundError(f"{repo_id} has no {filename} on the hub") from error
     except Exception as error:  # of the hub's HTTP library, which is another in each of its versions
         raise FileNotFoundError(
-            f"{repo_id}/{filename} could not be downloaded: {_first_line(error)}; try again, or give {instead}"
+            f"{repo_id}/{filename} could not be downloaded: {first_line(error)}; try again, or give {instead}"
         ) from error
 
 
@@ -61,10 +63,6 @@ def upload(folder: Path, repo_id: str, *, private: bool) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="sequencer2d push_to_hub")
     except Exception as error:  # as above
         raise OSError(
-            f"{repo_id} could not be uploaded: {_first_line(error)}; log in with `hf auth login`, or set HF_TOKEN"
+            f"{repo_id} could not be uploaded: {first_line(error)}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
     return str(address)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

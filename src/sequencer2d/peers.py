@@ -24,6 +24,7 @@ from timm.models import ResNet, VisionTransformer, group_parameters
 from torch import Tensor, nn
 
 from sequencer2d.adapters import ModelFileError, State
+from sequencer2d.errors import first_line
 from sequencer2d.layers import Conv3x3, ConvPatchEmbed, channels_last
 from sequencer2d.model import Sequencer2D, SequencerConfig
 
@@ -230,8 +231,9 @@ def _create(config: PeerConfig) -> tuple[nn.Module, bool]:
     try:
         model, takes_size = _create_for_size(config, args)
     except Exception as error:  # timm's own of many kinds
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"timm cannot make {config.name} of the arguments {config.args}: {first_line}") from error
+        raise ValueError(
+            f"timm cannot make {config.name} of the arguments {config.args}: {first_line(error)}"
+        ) from error
     if widths is not None and not isinstance(model, VisionTransformer):
         raise ValueError(f"conv_stem={widths} is for timm's vision transformers, not for {config.name}")
     if small_stem:

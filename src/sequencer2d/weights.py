@@ -16,6 +16,7 @@ from safetensors.torch import save
 from timm.data import ImageNetInfo
 
 from sequencer2d.adapters import ModelFileError, fit, infer_config, is_pickle, read_state_dict
+from sequencer2d.errors import first_line
 from sequencer2d.files import write_atomic
 from sequencer2d.hub import PREFIX, upload
 from sequencer2d.model import Sequencer2D, SequencerConfig
@@ -131,8 +132,7 @@ def _load(path: Path) -> tuple[Classifier, ModelCard]:
         with safe_open(path, framework="pt") as file:
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ModelFileError(f"{path} does not fit its own description: {first_line}") from error
+        raise ModelFileError(f"{path} does not fit its own description: {first_line(error)}") from error
     return model.eval(), card
 
 
@@ -159,8 +159,8 @@ def _load_foreign(path: Path) -> tuple[Sequencer2D, ModelCard]:
         model = Sequencer2D(config)
         model.load_state_dict(fit(state, model)[0])
     except (KeyError, ValueError, RuntimeError, StopIteration) as error:
-        first_line = (str(error) or "it has no recurrent weights").splitlines()[0]
-        raise ModelFileError(f"{path} holds weights of no Sequencer that is known here: {first_line}") from error
+        why = first_line(error) if str(error) else "it has no recurrent weights"
+        raise ModelFileError(f"{path} holds weights of no Sequencer that is known here: {why}") from error
     found = _variant_name(config)
     log.info(
         "%s holds weights of %s, with %d classes", path, found or "an architecture without a name", config.num_classes

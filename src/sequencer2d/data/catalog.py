@@ -63,7 +63,6 @@ def load_data(
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
     folder = DEFAULT_ROOT if root is None else Path(root).expanduser()
-    prepared = folder / name
     match name:
         case "digits":
             return _load_digits(val_fraction, seed)
@@ -71,7 +70,7 @@ def load_data(
             from sequencer2d.data.cifar import load_cifar  # imports torchvision
 
             return load_cifar(name, folder, val_fraction=val_fraction, seed=seed, download=download)
-        case "imagenet" | "tiny-imagenet" if (prepared / CLASSES_FILE).is_file():
+        case "imagenet" | "tiny-imagenet" if prepared := _prepared(name, folder):
             return load_folder(prepared, val_fraction=val_fraction, seed=seed, name=name)
         case "imagenet":
             return _load_imagenet(None if root is None else folder, val_fraction, seed)
@@ -89,8 +88,8 @@ def find_folder(name: str, *, root: str | Path | None = None) -> Path:
     """
     if name in ("tiny-imagenet", "imagenet"):
         folder = DEFAULT_ROOT if root is None else Path(root).expanduser()
-        if (folder / name / CLASSES_FILE).is_file():  # as `prepare` made it
-            return folder / name
+        if prepared := _prepared(name, folder):
+            return prepared
         if root is None and name == "imagenet":
             raise ValueError("imagenet: name its folder as root")
         return folder
@@ -99,6 +98,11 @@ def find_folder(name: str, *, root: str | Path | None = None) -> Path:
             f"{name}: not made of image files, and verified by its checksum; a folder of that name is ./{name}"
         )
     return _find_path(name, root)
+
+
+def _prepared(name: str, root: Path) -> Path | None:
+    """The folder of a data set as `prepare` made it, if it did."""
+    return root / name if (root / name / CLASSES_FILE).is_file() else None
 
 
 def _load_digits(val_fraction: float, seed: int) -> ImageData:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sequencer2d.registry  # noqa: F401 - timm then knows our variants, and our models on the hub
+from sequencer2d.errors import first_line
 from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.training.finetune_config import DistillConfig
 from sequencer2d.weights import load_model
@@ -143,13 +144,13 @@ def _timms(name: str, num_classes: int, config: DistillConfig) -> tuple[Teacher,
     try:
         model = timm.create_model(name, **options)
     except Exception as error:  # timm's own, the hub's, PyTorch's
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if file:
             raise ValueError(
-                f"{file} does not fit the teacher {name} with {num_classes} classes: {first_line}"
+                f"{file} does not fit the teacher {name} with {num_classes} classes: {first_line(error)}"
             ) from error
         raise FileNotFoundError(
-            f"the weights of the teacher {name} cannot be had: {first_line}; give a local file: --distill.teacher-file"
+            f"the weights of the teacher {name} cannot be had: {first_line(error)}; "
+            "give a local file: --distill.teacher-file"
         ) from error
     described: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     _, height, width = described["input_size"]

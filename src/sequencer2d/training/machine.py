@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sequencer2d.errors import first_line
+
 if TYPE_CHECKING:
     from sequencer2d.training.config import TrainConfig
     from sequencer2d.training.ranks import Ranks
@@ -148,7 +150,7 @@ def choose_precision(wish: str) -> tuple[Precision, str]:
     try:
         ratio = _bf16_speedup()
     except RuntimeError as error:
-        return "fp32", f"bf16 fails on this CPU: {str(error).splitlines()[0]}"
+        return "fp32", f"bf16 fails on this CPU: {first_line(error)}"
     if ratio > 1.1:
         return "bf16", f"{ratio:.1f}× as fast as fp32 on this CPU"
     return "fp32", f"bf16 is {ratio:.1f}× as fast on this CPU"

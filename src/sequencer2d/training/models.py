@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sequencer2d.errors import first_line
 from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import PEER_PREFIX, Classifier, Peer, PeerConfig, is_peer
@@ -53,9 +54,8 @@ def check_peer(model: Peer, config: TrainConfig, ranks: Ranks) -> None:
         with torch.no_grad():
             logits = model.eval()(torch.zeros(1, 3, side, side))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:  # timm's own of many kinds
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{name} does not take images of {side} pixels ({first_line}); give another --image-size"
+            f"{name} does not take images of {side} pixels ({first_line(error)}); give another --image-size"
         ) from error
     finally:
         model.train(was_training)
