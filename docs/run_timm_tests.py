@@ -15,6 +15,8 @@ from pathlib import Path
 import timm
 import torch
 
+from sequencer2d.zoo import VARIANTS
+
 PAGE = Path(__file__).parent / "timm.md"
 HEADER = """import sequencer2d.registry
 import timm
@@ -54,11 +56,12 @@ def main(checkout: Path) -> None:
         test, _, parameters = case.attrib["name"].partition("[")
         outcome = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
         outcomes[test][outcome].append(parameters.rstrip("]").partition("-")[2])
+    run = sum(map(len, outcomes["test_model_forward"].values()))
     lines = [
         "# timm's model tests",
         "",
-        f"`tests/test_models.py` of timm's repository at {commit[:12]} run on our registered variants, with timm "
-        f"{timm.__version__} and torch {torch.__version__}, by "
+        f"`tests/test_models.py` of timm's repository at {commit[:12]} run on {run} of our {len(VARIANTS)} registered "
+        f"variants, with timm {timm.__version__} and torch {torch.__version__}, by "
         "`python docs/run_timm_tests.py path/to/pytorch-image-models`.",
         "Left out are the tests that load weights from the hub (`test_model_inference`, `…_load_pretrained`,",
         "`…_features_pretrained`); tests/test_hub.py tests that against a hub of its own.",

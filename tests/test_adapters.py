@@ -309,3 +309,11 @@ def test_an_official_file_is_a_model_without_a_word_about_it(name: str, tmp_path
     image = torch.randn(1, 3, 32, 32)
     assert torch.equal(loaded(image), model(image))
     assert card.config == model.config
+
+
+def test_weights_are_adapted_in_the_precision_of_the_model(model: Sequencer2D) -> None:
+    one = Sequencer2D(replace(model.config, in_chans=1))
+    rounded = {name: tensor.bfloat16() for name, tensor in state_of(model).items()}
+    state, _ = fit(rounded, one)
+    weight = rounded["stem.proj.weight"].float().sum(1, keepdim=True)
+    assert torch.equal(state["stem.proj.weight"], weight)

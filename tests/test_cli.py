@@ -441,3 +441,15 @@ def test_a_signal_stops_with_status_75_and_the_run_can_go_on(
     assert f"sequencer2d train --resume {tmp_path / 'run'}" in rest
     assert "Traceback" not in rest
     assert list((tmp_path / "run" / "checkpoints").glob("step-*.ckpt"))
+
+
+def test_a_screen_without_letters_for_a_name_ends_no_prediction(run_dir: Path, tmp_path: Path) -> None:
+    """As a file that Windows redirects to; what was predicted would be lost with it."""
+    (tmp_path / "фото.png").write_bytes(next((run_dir / "samples").glob("*.png")).read_bytes())
+    command = [sys.executable, "-m", "sequencer2d", "predict", str(run_dir), str(tmp_path / "фото.png")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    options = ["--output", str(tmp_path / "p.jsonl")]
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr.count(b"codec")) == (DONE, 0)
+    assert b"\\u0444" in done.stdout
+    assert "фото.png" in (tmp_path / "p.jsonl").read_text(encoding="utf-8")

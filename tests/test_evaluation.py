@@ -1,6 +1,8 @@
 """Evaluation: the numbers against counting by hand, and the split against that of the training."""
 
+import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +12,9 @@ import torch
 from PIL import Image
 
 from sequencer2d import evaluation
+from sequencer2d.data.catalog import load_data
 from sequencer2d.data.sets import FileImages, ImageData
+from sequencer2d.data.shards import write_shards
 from sequencer2d.evaluation import Evaluation, calibration_images, evaluate, evaluate_images
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.native import available
@@ -214,3 +218,106 @@ def test_other_classes_are_an_error_that_names_them(tmp_path: Path) -> None:
         evaluate(tmp_path / "m.safetensors", data=str(tmp_path / "insects"))
     with pytest.raises(ValueError, match="give --data"):
         evaluate(tmp_path / "m.safetensors")
+
+
+def insects(root: Path, count: int = 3) -> Path:
+    """A tree that is not divided; images of a class differ."""
+    for label, name in enumerate(("ant", "bee")):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (90 * label, 10 * number, 0)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Path:
+    """Of the classes ant and bee."""
+    model = Sequencer2D(
+        SequencerConfig(
+            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=2
+        )
+    )
+    card = ModelCard(
+        architecture="x", config=model.config, class_names=("ant", "bee"), preprocessing=Preprocessing(image_size=8)
+    )
+    save_model(model, card, tmp_path / "m.safetensors")
+    return tmp_path / "m.safetensors"
+
+
+def test_wrong_options_are_named(model_file: Path, tmp_path: Path) -> None:
+    data = str(insects(tmp_path / "insects"))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 at least 0"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            evaluate(model_file, data=data, **options)
+    wrong: Any = "fp16"
+    with pytest.raises(ValueError, match="precision='fp16' must be one of fp32, bf16, int8"):
+        inspect.unwrap(evaluate)(model_file, data=data, precision=wrong)  # which types are not checked of
+
+
+@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_of_other_data_that_are_not_divided_all_images_are_evaluated(
+    count: int, precision: Literal["fp32", "int8"], model_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if precision == "int8" and not available():
+        pytest.skip("the package was installed without kernels")
+    data = str(insects(tmp_path / "insects", count))
+    result = evaluate(model_file, data=data, precision=precision)
+    assert (result.split, result.num_images) == ("all", 2 * count)
+    assert not caplog.messages
+    if count > 1:
+        assert evaluate(model_file, data=data, split="val").num_images == 2
+        assert "insects has no validation images: these 2 are split off its training images" in caplog.text
+
+
+def test_the_training_s_own_images_are_known_by_their_folder_and_their_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a part of what was trained on would be evaluated as if it were new."""
+    monkeypatch.chdir(tmp_path)
+    insects(tmp_path / "insects", 10)
+    args = {"layers": [1, 1], "embed_dims": [8, 8], "hidden_sizes": [2, 2], "stem_widths": [8]}
+    run_dir = train(
+        TrainConfig(
+            data="./insects",
+            epochs=1,
+            batch_size=6,
+            precision="fp32",
+            run_dir="run",
+            model="sequencer2d_conv_p_patch2_16",
+            model_args=args,
+        )
+    ).run_dir
+    by_name = evaluate(run_dir, data=str(tmp_path / "insects"))
+    assert (by_name.split, by_name.num_images) == ("val", 2)
+    shutil.copytree("insects", "copy")
+    caplog.clear()
+    assert evaluate(run_dir, data="copy").split == "all"
+    assert "18 of these 20 images are called as images that the model was trained on" in caplog.text
+    Image.new("RGB", (8, 8)).save(tmp_path / "insects" / "ant" / "new.png")
+    for data in (None, "insects"):
+        with pytest.raises(ValueError, match="1 are new and 0 are gone; restore them, or name other data"):
+            evaluate(run_dir, data=data)
+
+
+def test_classes_may_be_known_by_the_names_of_their_folders(model_file: Path, tmp_path: Path) -> None:
+    """As published weights know ImageNet's, of which `prepare` has the names in words."""
+    data = insects(tmp_path / "insects")
+    (data / "classes.json").write_text('{"ant": "Formica rufa", "bee": "Apis mellifera"}')
+    assert evaluate(model_file, data=str(data)).class_names == ("ant", "bee")
+    write_shards(load_data(str(data), val_fraction=0.34), tmp_path / "shards", images_per_shard=4)
+    assert load_data(str(tmp_path / "shards")).class_ids == ("ant", "bee")
+    assert evaluate(model_file, data=str(tmp_path / "shards")).num_images == 2
+    (data / "classes.json").write_text('{"ant": "bee", "bee": "ant"}')
+    (data / "ant").rename(data / "cat")
+    with pytest.raises(ValueError, match="the data lack ant"):
+        evaluate(model_file, data=str(data))
+
+
+def test_a_model_that_tells_what_but_not_where_its_data_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not say where the cifar10 lies that it was trained on; give --data"):
+        evaluate("sequencer2d_conv_l_patch4_32")

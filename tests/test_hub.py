@@ -285,3 +285,29 @@ def test_torch_hub_finds_a_variant_and_loads_a_file(tmp_path: Path, tiny_config:
         **shapes,
     )
     assert isinstance(model, nn.Module)
+
+
+def test_a_description_that_cannot_be_had_is_told(
+    hub: Hub,
+    trained: tuple[Path, Sequencer2D, ModelCard],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Without it, other classes and another preprocessing would be taken without a word."""
+    push_to_hub(trained[0], "someone/animals")
+    original = zoo.download
+
+    def download(repo_id: str, filename: str, **options: Any) -> Path:
+        if filename == "config.json":
+            raise FileNotFoundError("the hub cannot be reached")
+        return original(repo_id, filename, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo, "download", download)
+        from_pretrained("someone/animals")
+    assert "the hub cannot be reached; classes and preprocessing are taken for those of the architecture" in caplog.text
+    caplog.clear()
+    del hub.files["someone/animals:config.json"]
+    hub.files["someone/other:model.safetensors"] = hub.files["someone/animals:model.safetensors"]
+    from_pretrained("someone/other")
+    assert not caplog.messages

@@ -23,6 +23,7 @@ from sequencer2d.layers import (
     Sequencer2DBlock,
     ShuffleTokens,
     VerticalBiLSTM,
+    channels_last,
     divisible,
 )
 
@@ -279,3 +280,12 @@ def test_the_stem_lays_the_channels_of_a_token_side_by_side(stem):
     tokens = stem(torch.randn(2, channels, 16, 16))
     assert tokens.is_contiguous()
     assert Downsample2D(8, 12, 2)(tokens).is_contiguous()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_feature_maps_behind_any_image_are_channels_last(channels: int) -> None:
+    """Of one channel, too, whose layout PyTorch takes for the other one."""
+    image = torch.randn(2, channels, 8, 8)
+    laid = channels_last(image)
+    assert torch.equal(laid, image)
+    assert nn.Conv2d(channels, 4, 3)(laid).is_contiguous(memory_format=torch.channels_last)

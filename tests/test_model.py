@@ -283,3 +283,12 @@ def test_autocast_gives_nearly_the_same_and_gradients_in_single_precision(
     after = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     gradient = torch.cat([grad.flatten() for grad in before.values() if grad is not None])
     assert (after - gradient).norm() < 3 * tolerance * gradient.norm()
+
+
+def test_a_new_head_has_the_dtype_of_the_model(tiny_config: SequencerConfig) -> None:
+    model = Sequencer2D(replace(tiny_config, num_classes=0)).double()
+    model.reset_classifier(3)
+    assert model(torch.randn(1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
+    model.reset_classifier(0, "")
+    with pytest.raises(ValueError, match=r"num_classes=0, or 'avg'"):
+        model.reset_classifier(3)

@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 from sequencer2d import prediction
+from sequencer2d.evaluation import evaluate
 from sequencer2d.model import Sequencer2D, SequencerConfig
+from sequencer2d.native import available, weights
 from sequencer2d.prediction import Prediction, model_and_paths, predict, write_predictions
 from sequencer2d.preprocessing import Preprocessing
-from sequencer2d.weights import ModelCard, save_model
+from sequencer2d.weights import ModelCard, load_model, save_model
 
 
 @pytest.fixture
@@ -208,3 +210,25 @@ def test_without_pyarrow_the_extra_is_named_before_anything_is_predicted(
     with pytest.raises(ImportError, match=r"pip install 'sequencer2d\[parquet\]'"):
         write_predictions(never(), tmp_path / "out.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not available(), reason="the package was installed without kernels")
+def test_weights_are_packed_once_for_all_images(
+    model_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = []
+    original = weights.pack
+    monkeypatch.setattr(weights, "pack", lambda *arguments: packed.append(1) or original(*arguments))
+    assert len(list(predict(model_file, [folder], batch_size=1))) == 7
+    assert len(packed) == 4  # blocks
+
+
+def test_a_model_of_grey_images_says_that_files_are_rgb(tmp_path: Path, folder: Path, model_file: Path) -> None:
+    model, card = load_model(model_file)
+    assert isinstance(model.config, SequencerConfig)
+    grey = Sequencer2D(replace(model.config, in_chans=1))
+    file = tmp_path / "grey.safetensors"
+    save_model(grey, replace(card, config=grey.config), file)
+    for use in (lambda: list(predict(file, [folder])), lambda: evaluate(file)):
+        with pytest.raises(ValueError, match=r"grey\.safetensors takes images of 1 channels, and files are read as"):
+            use()

@@ -1,19 +1,23 @@
 """The weights in the package: small, true to their card, and used by name without a network."""
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from timm.data import resolve_data_config
+from torch import nn
 
 from sequencer2d import zoo
 from sequencer2d.cli import DONE, WRONG_INPUT, main
 from sequencer2d.data.catalog import load_data
 from sequencer2d.evaluation import evaluate
+from sequencer2d.model import Sequencer2D
 from sequencer2d.prediction import model_and_paths
-from sequencer2d.weights import load_model
+from sequencer2d.weights import load_model, save_model
 from sequencer2d.zoo import PACKAGED, VARIANTS, create_model, find_model_file, packaged_file
 
 NAMES = sorted(path.stem for path in PACKAGED.glob("*.safetensors"))
@@ -161,3 +165,29 @@ def test_models_says_which_weights_are_in_the_package(capsys: pytest.CaptureFixt
     shown = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()}
     assert {name for name, weights in shown.items() if weights == "package"} == set(NAMES)
     assert shown["sequencer2d_s"] == "hub"
+
+
+def test_weights_of_a_file_bring_their_classes_and_preprocessing(tmp_path: Path) -> None:
+    """As the package's own do; unless another number is asked for."""
+    own, card = load_model(DIGITS)
+    assert isinstance(own, Sequencer2D)
+    names = tuple(f"class {number}" for number in range(7))
+    own.reset_classifier(7)
+    nn.init.normal_(own.get_parameter("head.fc.weight"))
+    described = replace(
+        card,
+        config=own.config,
+        class_names=names,
+        preprocessing=replace(card.preprocessing, image_size=24, mean=(0.1, 0.2, 0.3)),
+    )
+    save_model(own, described, tmp_path / "model.safetensors")
+    torch.save(own.state_dict(), tmp_path / "weights.pth")
+    for source in (tmp_path, tmp_path / "weights.pth"):
+        model = create_model(DIGITS, pretrained=source)
+        assert torch.equal(model.get_parameter("head.fc.weight"), own.get_parameter("head.fc.weight"))
+    model = create_model(DIGITS, pretrained=tmp_path)
+    assert model.config == own.config
+    assert tuple(model.default_cfg["label_names"]) == names
+    assert resolve_data_config(model=model)["input_size"] == (3, 24, 24)
+    assert tuple(resolve_data_config(model=model)["mean"]) == (0.1, 0.2, 0.3)
+    assert create_model(DIGITS, pretrained=tmp_path, num_classes=3).num_classes == 3

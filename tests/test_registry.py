@@ -300,3 +300,17 @@ def test_fx_extracts_features_by_node() -> None:
     """In a process of its own: a symbolic trace calls with proxies, which the checks of the test suite refuse."""
     done = subprocess.run([sys.executable, "-c", FX], capture_output=True, text=True, check=False)
     assert done.stdout == "as it should be\n", done.stderr
+
+
+def test_pruning_takes_norm_and_head_of_stages_that_are_gone() -> None:
+    model = small(num_classes=7)
+    expected = model.forward_intermediates(IMAGE, indices=[0], intermediates_only=True)[0]
+    model.prune_intermediate_layers([0], prune_head=False)
+    assert torch.equal(model(IMAGE), expected.permute(0, 2, 3, 1))
+    dim = model.config.embed_dims[0]
+    assert (model.num_features, model.head_hidden_size, model.num_classes) == (dim, dim, 0)
+    model.reset_classifier(3, "avg")
+    assert model(IMAGE).shape == (2, 3)
+    whole = small(num_classes=7)
+    whole.prune_intermediate_layers([3], prune_head=False)
+    assert whole(IMAGE).shape == (2, 7)

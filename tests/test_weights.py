@@ -327,3 +327,33 @@ def test_weights_of_another_architecture_are_an_error_that_names_the_parameter(
     with pytest.raises(ModelFileError, match=parameter):
         load_weights_into(other, saved, CLASSES)
     torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
+
+
+def test_a_compiled_model_is_saved_as_the_one_inside(
+    saved: Path, model: Sequencer2D, card: ModelCard, tmp_path: Path
+) -> None:
+    compiled = torch.compile(model, backend="eager")
+    assert isinstance(compiled, nn.Module)
+    save_model(compiled, card, tmp_path / "compiled.safetensors")
+    assert_same_weights(load_model(tmp_path / "compiled.safetensors")[0], model)
+    with pytest.raises(ValueError, match=r"a DataParallel is no model of this package; .*\.module"):
+        save_model(nn.DataParallel(model), card, saved)
+    assert load_model(saved)[1] == card
+
+
+def test_weights_that_do_not_fit_their_description_are_named(saved: Path) -> None:
+    config = json.loads(read(saved)[1]["config"])
+    rewrite(saved, config=json.dumps({**config, "layers": [2, 3]}))
+    with pytest.raises(ModelFileError, match=r'does not fit its own description: .*"stages\.1\.blocks\.2\.'):
+        load_model(saved)
+    tensors, metadata = read(saved)
+    del metadata["preprocessing"]
+    save_file(tensors, saved, metadata)
+    with pytest.raises(ModelFileError, match="description: there is no 'preprocessing'"):
+        load_model(saved)
+
+
+def test_weights_may_know_the_classes_by_another_name(saved: Path, model: Sequencer2D, card: ModelCard) -> None:
+    fresh = build_model(card.config)
+    assert load_weights_into(fresh, saved, ("a", "b", "c", "d", "e"), CLASSES) == []
+    assert_same_weights(fresh, model)

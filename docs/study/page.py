@@ -51,12 +51,13 @@ def make_page(study: Study, runs: dict[str, Run]) -> Page:
     Raises:
         ValueError: The study does not fit the runs.
     """
-    parts, drawn, all_lines = [HEAD, study.introduction], {}, []
+    parts, drawn, all_lines, titles = [HEAD, study.introduction], {}, [], dict[str, str]()
     for table in study.tables:
         lines = lines_of(table, runs)
         if not lines:
             continue
         all_lines += lines
+        titles = {run.name: table.title for line in lines for run in line.runs} | titles  # the first one counts
         parts += [f"## {table.title}", table.introduction, write_table(lines, table.columns)]
         for plot in table.plots:
             caption = _caption(plot)
@@ -74,7 +75,7 @@ def make_page(study: Study, runs: dict[str, Run]) -> Page:
     for name in dict.fromkeys(run.name for line in all_lines if line.row.curves for run in line.runs):
         curves = draw_run(runs[name].metrics)
         drawn |= {f"{name}/{curve}.svg": svg for curve, svg in curves.items()}
-        parts.append(f"## Curves: {labels[name]}")
+        parts.append(f"## Curves: {titles[name]}, {labels[name]}")
         parts.append("\n".join(f"![{curve}](results/{name}/{curve}.svg)" for curve in curves))
     parts.append(_commands(labels, runs))
     return Page(text="\n\n".join(part.strip() for part in parts if part) + "\n", pictures=drawn)

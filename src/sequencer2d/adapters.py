@@ -108,7 +108,11 @@ def fit(state: State, model: Sequencer2D, *, same_classes: bool = True) -> tuple
     Raises:
         ModelFileError: Another parameter is missing, surplus, or of another shape.
     """
-    own, state, notes = model.state_dict(), dict(state), []
+    own, notes = model.state_dict(), []
+    state = {  # of the model's precision, in which they are adapted
+        name: tensor.to(own[name].dtype) if name in own and tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
     head = [state.pop(name, None) for name in ("head.fc.weight", "head.fc.bias")]
     if head[0] is None or head[1] is None:
         notes += ["no classifier in the weights, begun anew"] if model.num_classes else []
@@ -148,14 +152,19 @@ def resample_positions(state: State, model: Sequencer2D) -> str | None:
     return f"position embedding resampled from {before[0]}×{before[1]} to {after[0]}×{after[1]}"
 
 
-def load_weights(model: Sequencer2D, path: str | Path) -> list[str]:
+def load_weights(model: Sequencer2D, path: str | Path, state: State | None = None) -> list[str]:
     """Reads a file of weights into a model; returns what had to be changed, in words.
+
+    Args:
+        model: To be filled.
+        path: Of the file.
+        state: What `read_state_dict` gave of it, where it has been read.
 
     Raises:
         FileNotFoundError, ModelFileError: As `read_state_dict` and `fit`; the model stays as it was.
     """
     try:
-        state, notes = fit(read_state_dict(path), model)
+        state, notes = fit(read_state_dict(path) if state is None else state, model)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
     model.load_state_dict(state, strict=False)

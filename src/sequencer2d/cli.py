@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 
 from sequencer2d import __version__
 
@@ -21,6 +22,8 @@ DONE, PROBLEM, WRONG_INPUT, STOPPED = 0, 1, 2, 75
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb and returns its exit status. Wrong input is one line on standard error, without a traceback."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a file name that a console cannot show is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):

@@ -1,10 +1,11 @@
 """How good is a model? Accuracy, loss, calibration and confusions on one split of a data set."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from sequencer2d.data.catalog import ImageData, ImageSet, load_data, split_names
+from sequencer2d.data.catalog import ImageData, ImageSet, is_same_data, load_data, split_names
 from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.inference import answer, best_device
@@ -23,6 +24,10 @@ from sequencer2d.preprocessing import Preprocessing
 from sequencer2d.quantization import quantize
 from sequencer2d.weights import ModelCard, load_model
 from sequencer2d.zoo import find_model_file
+
+log = logging.getLogger("sequencer2d")
+
+EvalPrecision = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ def evaluate(
     data: str | None = None,
     data_root: str | None = None,
     split: Literal["train", "val", "test"] | None = None,
-    precision: Literal["fp32", "bf16", "int8"] = "fp32",
+    precision: EvalPrecision = "fp32",
     flips: bool = False,
     image_size: int | None = None,
     batch_size: int = 128,
@@ -75,16 +80,17 @@ def evaluate(
 
     Example: `evaluate("runs/digits", image_size=20).top1`
 
-    The validation split is cut from the training images just as the model's own training did it. The arithmetic is
-    done on a GPU if there is one (`best_device`), int8 on the CPU.
+    The validation split is cut from the training images just as the model's own training did it. Of other data that are
+    not divided all images are evaluated. The arithmetic is done on a GPU if there is one (`best_device`), int8 on the
+    CPU.
 
     Args:
         model: A model file or the folder of a run.
         data: Data set or folder; default: what the model was trained on.
         data_root: Where a named data set lies.
-        split: Default: test where there is one, else val.
+        split: Default: test where there is one, else val; all images of other data that have neither.
         precision: Of the arithmetic. int8 measures its ranges on validation images, or on training images where those
-            are evaluated.
+            are evaluated or there are none.
         flips: Average the logits of each image and its mirror image: better by a little, at twice the time, unless
             left and right matter, as of digits and letters.
         image_size: Side in pixels that images are resized to; default: that of the training. The part that is cut out
@@ -99,28 +105,37 @@ def evaluate(
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size} must be at least 1")
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(f"batch_size={batch_size} must be at least 1, and num_workers={num_workers} at least 0")
+    if precision not in (precisions := get_args(EvalPrecision)):
+        raise ValueError(f"precision={precision!r} must be one of {', '.join(precisions)}")
     network, card = load_model(model)
+    card.check_channels(model)
     preprocessing = replace(card.preprocessing, image_size=image_size or card.preprocessing.image_size)
     if isinstance(network, Peer):
         network.check_size(preprocessing.image_size)
     trained = card.training
     if data is None and "data" not in trained:
-        raise ValueError(f"{model} does not say what it was trained on; give --data")
+        lies = f"where the {trained['trained_on']} lies that it was trained on" if "trained_on" in trained else ""
+        raise ValueError(f"{model} does not say {lies or 'what it was trained on'}; give --data")
+    own = data is None or is_same_data(data, trained.get("data", ""))
     images = load_data(
         data or trained["data"],
         root=data_root or (trained.get("data_root") if data is None else None),
-        val_fraction=trained.get("val_fraction", 0.1),
+        val_fraction=trained.get("val_fraction", 0.1) if own or split else None,
         seed=trained.get("split_seed", trained.get("seed", 0)),
     )
     check_classes(card, images)
     run_dir = find_model_file(model).parent
-    if data is None and (run_dir / "split.json").exists():
+    chosen = split or ("test" if images.test else "val" if len(images.val) else "all")
+    if own and (data is None or chosen != "test") and (run_dir / "split.json").exists():
         check_split(run_dir, images)
-    chosen = split or ("test" if images.test else "val")
+    if not own and chosen in ("val", "all") and images.val_source != "given":
+        _warn_of_seen(run_dir, images, chosen)
     if precision == "int8":
         if not isinstance(network, Sequencer2D):
             raise ValueError(f"{model} is a {card.architecture}, and int8 is for Sequencers; give --precision bf16")
-        others = images.train if chosen == "val" else images.val
+        others = images.val if len(images.val) and chosen != "val" else images.train
         network = quantize(network, calibration_images(others, preprocessing))
     device = torch.device("cpu") if precision == "int8" else best_device()
     network.to(device)
@@ -155,12 +170,12 @@ def calibration_images(images: ImageSet, preprocessing: Preprocessing, count: in
 
 
 def get_split(data: ImageData, split: str) -> ImageSet:
-    """The images of `train`, `val` or `test`.
+    """The images of `train`, `val` or `test`; `all` of a set that is not divided.
 
     Raises:
         ValueError: The data set has no such split.
     """
-    images = {"train": data.train, "val": data.val, "test": data.test}.get(split)
+    images = {"train": data.train, "val": data.val, "test": data.test, "all": data.train}.get(split)
     if images is None:
         there = "train, val" if data.test is None else "train, val, test"
         raise ValueError(f"{data.name} has no split {split!r}; there are {there}")
@@ -169,7 +184,7 @@ def get_split(data: ImageData, split: str) -> ImageSet:
 
 def check_classes(card: ModelCard, data: ImageData) -> None:
     """Raises ValueError, naming the differences, unless the model's classes are the data's, in the same order."""
-    if card.class_names == data.class_names:
+    if data.has_classes(card.class_names):
         return
     lacking = [name for name in card.class_names if name not in data.class_names]
     unknown = [name for name in data.class_names if name not in card.class_names]
@@ -192,7 +207,26 @@ def check_split(run_dir: Path, data: ImageData) -> None:
         before, after = ({name for names in split.values() for name in names} for split in (saved, now))
         raise ValueError(
             f"the images of {data.name} are not those that {run_dir} was trained on: {len(after - before)} are new and "
-            f"{len(before - after)} are gone; restore them, or name data for an evaluation or another --run-dir"
+            f"{len(before - after)} are gone; restore them, or name other data for an evaluation, or another --run-dir"
+        )
+
+
+def _warn_of_seen(run_dir: Path, data: ImageData, split: str) -> None:
+    """Says so where images of other data than the training's may be the training's all the same."""
+    evaluated, file = get_split(data, split), run_dir / "split.json"
+    learnt = set(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.exists() else set()
+    seen = sum(evaluated.name(i) in learnt for i in range(len(evaluated)))
+    if seen:
+        log.warning(
+            "%s of these %s images are called as images that the model was trained on; if they are these, accuracy on "
+            "them says too much",
+            *(f"{seen:,}", f"{len(evaluated):,}"),
+        )
+    elif split == "val":
+        log.warning(
+            "%s has no validation images: these %s are split off its training images, on which the model may have been "
+            "trained; without --split all are evaluated",
+            *(data.name, f"{len(evaluated):,}"),
         )
 
 

@@ -8,6 +8,10 @@ PREFIX = "hf-hub:"
 """Begins the name of a model on the hub, as in timm: `hf-hub:user/name`."""
 
 
+class NotInRepository(FileNotFoundError):
+    """The repository is there and has no such file."""
+
+
 def download(repo_id: str, filename: str, *, instead: str) -> Path:
     """Path of a file of a hub repository in the local cache, downloaded if need be.
 
@@ -19,7 +23,8 @@ def download(repo_id: str, filename: str, *, instead: str) -> Path:
         instead: What the caller can be given to do without the hub; the error says so.
 
     Raises:
-        FileNotFoundError: The repository or file does not exist, or there is no network and it is not in the cache.
+        NotInRepository: The repository has no such file.
+        FileNotFoundError: There is no such repository, or there is no network and the file is not in the cache.
     """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
@@ -42,7 +47,7 @@ def download(repo_id: str, filename: str, *, instead: str) -> Path:
             f"download it where there is a network and give {instead}"
         ) from error
     except EntryNotFoundError as error:
-        raise FileNotFoundError(f"{repo_id} has no {filename} on the hub") from error
+        raise NotInRepository(f"{repo_id} has no {filename} on the hub") from error
     except Exception as error:  # of the hub's HTTP library, which is another in each of its versions
         raise FileNotFoundError(
             f"{repo_id}/{filename} could not be downloaded: {first_line(error)}; try again, or give {instead}"

@@ -412,13 +412,16 @@ class Downsample2D(nn.Module):
         return self.down(divisible(x, self.down.stride[0], self.pad)).permute(0, 2, 3, 1)
 
 
+@register_notrace_function
 def channels_last(image: Tensor) -> Tensor:
     """The same `[B, C, H, W]` with the channels of a pixel side by side in memory, and so all feature maps after it.
 
     Else every layer norm copies its input: a tenth of a training step of S on a CPU, a fifth with a convolutional stem.
-    (An image of one channel is both; its tokens are then copied once.)
     """
-    return image.contiguous(memory_format=torch.channels_last)
+    image = image.contiguous(memory_format=torch.channels_last)
+    if image.shape[1] == 1:  # it lies both ways, and counts as the other one until its strides say this one
+        return image[:, 0].unsqueeze(-1).permute(0, 3, 1, 2)
+    return image
 
 
 @register_notrace_function

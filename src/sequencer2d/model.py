@@ -95,7 +95,7 @@ class SequencerConfig:
         if self.global_pool not in ("avg", ""):
             raise ValueError(f"global_pool={self.global_pool!r} must be 'avg' or ''")
         if not self.global_pool and self.num_classes:
-            raise ValueError("global_pool='' gives a map of features, which has no classes; set num_classes=0")
+            raise ValueError("global_pool='' gives a map of features, which has no classes: num_classes=0, or 'avg'")
         if self.pos_embed_size and (len(self.pos_embed_size) != 2 or min(self.pos_embed_size) < 1):
             raise ValueError(f"pos_embed_size={self.pos_embed_size} must be two positive numbers, or none")
         if min(self.stem_widths, default=1) <= 0:
@@ -323,12 +323,18 @@ class Sequencer2D(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Cuts off what the feature maps asked for do not need; returns the stages that they come from."""
+        """Cuts off what the feature maps asked for do not need; returns the stages that they come from.
+
+        Norm and head are of the last stage, and go with it in any case.
+        """
         take, last = _take(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
-        if prune_norm:
+        if shortened:
+            self.num_features = self.head_hidden_size = self.head.in_features = self.config.embed_dims[last]
+        if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head:
+        if prune_head or shortened:
             self.reset_classifier(0, "")
         return take
 
@@ -341,6 +347,8 @@ class Sequencer2D(nn.Module):
         pool = self.config.global_pool if global_pool is None else global_pool
         self.config = replace(self.config, num_classes=num_classes, global_pool=pool)
         self.head.reset(num_classes, pool)
+        first = next(self.parameters())  # a head without classes has none, by which timm would know device and type
+        self.head.to(device=first.device, dtype=first.dtype)
         if self.config.init == "official":
             for parameter in self.head.fc.parameters():
                 nn.init.zeros_(parameter)

@@ -32,7 +32,6 @@ class Prediction:
     error: str | None = None
 
 
-@torch.inference_mode()
 def predict(
     model: str | Path, paths: Iterable[str | Path], *, top_k: int = 5, batch_size: int = 32, flips: bool = False
 ) -> Iterator[Prediction]:
@@ -52,6 +51,7 @@ def predict(
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k} and batch_size={batch_size} must be at least 1")
     network, card = load_model(model)
+    card.check_channels(model)
     if not card.class_names:
         raise ValueError(f"{model} has weights without a classifier; fine-tune it: sequencer2d train --weights {model}")
     device = best_device()
@@ -72,8 +72,9 @@ def predict(
         rows: Iterator[tuple[list[float], list[int]]] = iter(())
         if parts:
             pixels = torch.from_numpy(np.concatenate(parts)).to(device)
-            logits = answer(network, pixels, card.preprocessing, flips=flips)
-            best = logits.softmax(-1).topk(top_k)
+            with torch.inference_mode():
+                logits = answer(network, pixels, card.preprocessing, flips=flips)
+                best = logits.softmax(-1).topk(top_k)
             rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         for path, error in zip(chunk, errors, strict=True):
             if error is not None:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.data import ImageNetInfo
+from torch import nn
 
 from sequencer2d.adapters import ModelFileError, fit, infer_config, is_pickle, read_state_dict
 from sequencer2d.errors import first_line
@@ -45,6 +46,15 @@ class ModelCard:
         if len(self.class_names) != self.config.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for num_classes={self.config.num_classes}")
 
+    def check_channels(self, source: str | Path) -> None:
+        """Raises ValueError, which names the source, where the model does not take RGB, as which files are read."""
+        channels = getattr(self.config, "in_chans", 3)
+        if channels != 3:
+            raise ValueError(
+                f"{source} takes images of {channels} channels, and files are read as RGB, of 3; "
+                "give it tensors in Python: load_model(…)[0](images)"
+            )
+
     def to_metadata(self) -> dict[str, str]:
         """Text by text, as safetensors wants it."""
         return {
@@ -70,11 +80,11 @@ class ModelCard:
         )
 
 
-def save_model(model: Classifier, card: ModelCard, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save_model(model: nn.Module, card: ModelCard, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes weights and card to one file, atomically.
 
     Args:
-        model: In whatever precision.
+        model: In whatever precision, also as `torch.compile` returned it.
         card: Its description.
         path: Of a `.safetensors` file.
         dtype: Round weights and statistics to this type, such as `torch.bfloat16` for half the size. Whole numbers
@@ -82,9 +92,12 @@ def save_model(model: Classifier, card: ModelCard, path: str | Path, *, dtype: t
 
     Raises:
         ValueError: The card describes another architecture than the model's, the model has been changed since it was
-            made, as by `quantize`, or `dtype` is no type of floating point.
+            made, as by `quantize`, or is wrapped in another, or `dtype` is no type of floating point.
         OSError: The folder is missing or read-only, or the disk is full; an older file of that name stays whole.
     """
+    model = getattr(model, "_orig_mod", model)  # within what torch.compile returned
+    if not isinstance(model, Sequencer2D | Peer):
+        raise ValueError(f"a {type(model).__name__} is no model of this package; give the one inside, such as .module")
     if card.config != model.config:
         raise ValueError("the card describes another architecture than the model has; give it config=model.config")
     if dtype is not None and not dtype.is_floating_point:
@@ -217,23 +230,29 @@ def _class_names(count: int) -> tuple[str, ...]:
     return tuple(ImageNetInfo().label_names() if count == 1000 else map(str, range(count)))
 
 
-def load_weights_into(model: Classifier, source: str | Path, class_names: tuple[str, ...]) -> list[str]:
+def load_weights_into(model: Classifier, source: str | Path, *class_names: tuple[str, ...]) -> list[str]:
     """Copies the weights of a model to start a training from; returns what had to be changed, in words.
 
-    The classifier is copied only where the class names are the same.
+    The classifier is copied only where its classes are those of the data, under one of the names that these have.
 
     Raises:
         FileNotFoundError, ModelFileError: As `load_model`, or a parameter other than the classifier's does not fit.
     """
     donor, card = load_model(source)
     try:
-        state, notes = _fitted(donor, model, same_classes=card.class_names == class_names)
+        state, notes = _fitted(donor, model, same_classes=card.class_names in class_names)
     except ModelFileError as error:
         raise ModelFileError(
             f"{source} is a {card.architecture}: {error}: train the same --model and --model-args"
         ) from error
     model.load_state_dict(state, strict=False)
     return notes
+
+
+def training_of(file: Path) -> dict[str, Any]:
+    """How a model file of ours was trained, from its card; nothing for the files of others."""
+    metadata = _metadata(file) or {}
+    return json.loads(metadata["training"]) if metadata.get("format") == FORMAT else {}
 
 
 def _fitted(donor: Classifier, model: Classifier, *, same_classes: bool) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -4,15 +4,14 @@ import difflib
 import json
 import logging
 import os
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
-from sequencer2d.adapters import load_weights
-from sequencer2d.hub import PREFIX, download
+from sequencer2d.adapters import load_weights, read_state_dict
+from sequencer2d.hub import PREFIX, NotInRepository, download
 from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D, SequencerConfig
 from sequencer2d.peers import is_peer
@@ -271,10 +270,10 @@ def create_model(
 
     Args:
         name: A name of `list_models()`.
-        pretrained: True: with the weights in the package, whose number of classes is then the default, else with the
-            published ones, from the Hugging Face hub or its cache. Or where weights are: a file of the official code's,
-            timm's or ours, a run folder, another name that has weights, or `hf-hub:user/name`. Another number of
-            classes or image channels is adapted to, with a word. Default: freshly initialised.
+        pretrained: True: with the weights in the package, else with the published ones, from the Hugging Face hub or
+            its cache. Or where weights are: a file of the official code's, timm's or ours, a run folder, another name
+            that has weights, or `hf-hub:user/name`. Their number of classes is the default then; another one, or
+            other image channels, are adapted to, with a word. Default: freshly initialised.
         backend: What runs the LSTMs: native (our CPU kernels), torch, or auto, the kernels where they are and fit.
         overrides: Arguments of `SequencerConfig`.
 
@@ -285,8 +284,7 @@ def create_model(
     """
     variant = get_variant(name)
     packaged = packaged_file(name) if pretrained is True else None
-    default_cfg = _packaged_cfg(variant, packaged) if packaged else variant.default_cfg()
-    config = get_config(name, **({"num_classes": default_cfg["num_classes"]} if packaged else {}) | overrides)
+    config = get_config(name, **overrides)
     if pretrained is True and not packaged and not variant.hub_id:
         raise ValueError(
             f"no weights of {name} are in the package or published ({_published()} have some); pass {_PRETRAINED_FILE}"
@@ -295,23 +293,32 @@ def create_model(
         raise ValueError(f"pretrained={pretrained!r} must be True, False, or say where weights are: {_PRETRAINED_FILE}")
     model = Sequencer2D(config)
     set_backend(model, backend)
-    model.default_cfg = model.pretrained_cfg = default_cfg
+    model.default_cfg = model.pretrained_cfg = variant.default_cfg()
     if pretrained:
         source = (packaged or PREFIX + variant.hub_id) if pretrained is True else pretrained
         path = find_model_file(source, instead=f"create_model(…, {_PRETRAINED_FILE})")
-        notes = load_weights(model, path)
+        state = read_state_dict(path)
+        classes = len(state.get("head.fc.weight", ()))
+        if classes not in (0, model.num_classes) and "num_classes" not in overrides:
+            model.reset_classifier(classes)
+        notes = load_weights(model, path, state)
         log.info("weights of %s from %s%s", name, path, "".join(f"; {note}" for note in notes))
+        model.default_cfg = model.pretrained_cfg = _cfg_of_file(variant, path) or variant.default_cfg()
     return model
 
 
 _PRETRAINED_FILE = "pretrained='path/to/file'"
 
 
-def _packaged_cfg(variant: Variant, path: Path) -> dict[str, Any]:
-    """The `default_cfg` of a variant with the weights of a model file of ours."""
+def _cfg_of_file(variant: Variant, path: Path) -> dict[str, Any] | None:
+    """The `default_cfg` of a variant with the weights of a model file of ours; None for a file of others."""
+    if path.suffix != ".safetensors":
+        return None
     with safe_open(path, framework="pt") as file:
-        card = {name: json.loads(file.metadata()[name]) for name in ("class_names", "preprocessing")}
-    class_names, preprocessing = card["class_names"], card["preprocessing"]
+        metadata = file.metadata() or {}
+    if not {"class_names", "preprocessing"} <= metadata.keys():
+        return None
+    class_names, preprocessing = (json.loads(metadata[name]) for name in ("class_names", "preprocessing"))
     image_size = preprocessing.pop("image_size")
     config = replace(variant.config, num_classes=len(class_names))
     own = replace(variant, config=config, image_size=image_size, hub_id="")
@@ -375,6 +382,11 @@ def _published() -> str:
 
 def _download(repo_id: str, instead: str) -> Path:
     """The weights of a hub repository, and beside them its description, if it has one."""
-    with suppress(FileNotFoundError):
+    path = download(repo_id, "model.safetensors", instead=instead)
+    try:
         download(repo_id, "config.json", instead=instead)
-    return download(repo_id, "model.safetensors", instead=instead)
+    except NotInRepository:
+        pass
+    except FileNotFoundError as error:
+        log.warning("%s; classes and preprocessing are taken for those of the architecture", error)
+    return path

@@ -227,3 +227,24 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         save(io.BytesIO(b"new"), tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_zip_of_windows_has_folders(tmp_path: Path) -> None:
+    """PowerShell's Compress-Archive of old writes backslashes."""
+    path = make(tmp_path / "x.zip", {"set\\": b"", "set\\a\\1.png": b"one"})
+    assert read(path) == {"set/a/1.png": b"one"}
+
+
+@pytest.mark.parametrize("name", ["..\\x.png", "\\x.png", "C:\\x.png", "a\\..\\..\\x.png", "a/..\\x.png"])
+def test_backslashes_lead_no_further_out(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="leads out of the folder"):
+        read(make(tmp_path / "x.zip", {name: b"x"}))
+
+
+@pytest.mark.parametrize(("written", "name"), [("Käfer".encode(), "Käfer"), ("Käfer".encode("cp437"), "Käfer")])
+def test_names_in_a_zip_that_says_nothing_of_utf8(written: bytes, name: str, tmp_path: Path) -> None:
+    """macOS writes UTF-8 without saying so; the format's own letters are those of DOS."""
+    place = "x" * len(written)
+    path = make(tmp_path / "x.zip", {f"{place}/1.png": b"one"})
+    path.write_bytes(path.read_bytes().replace(place.encode(), written))
+    assert read(path) == {f"{name}/1.png": b"one"}

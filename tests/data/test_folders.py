@@ -147,3 +147,18 @@ def test_folder_that_cannot_be_trained_on(files: list[str], message: str, tmp_pa
 def test_a_class_whose_name_is_no_text_is_told_of_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'d\\udcffg': not UTF-8; rename the class folders"):
         load_data(str(make_tree(tmp_path, *some("cat", "d\udcffg"))))
+
+
+def test_what_systems_put_between_images_is_none_of_them(tmp_path: Path) -> None:
+    of_systems = ["@eaDir/1.jpg/THUMB.jpg", "$RECYCLE.BIN/x/1.jpg", "lost+found/1.jpg", "__MACOSX/cat/1.jpg"]
+    make_tree(tmp_path, *some("cat", "dog"), *of_systems, "cat/@eaDir/0.png/THUMB.jpg")
+    data = load_data(str(tmp_path))
+    assert data.class_names == ("cat", "dog")
+    assert len(data.train) + len(data.val) == 20
+
+
+def test_data_may_stay_undivided(tmp_path: Path) -> None:
+    data = load_data(str(make_tree(tmp_path, "cat/1.jfif", "cat/2.JPE", "dog/1.png")), val_fraction=None)
+    assert split_names(data) == {"train": ["cat/1.jfif", "cat/2.JPE", "dog/1.png"], "val": [], "test": []}
+    digits = load_data("digits", val_fraction=None)
+    assert (len(digits.train) + len(digits.test or ()), len(digits.val)) == (1797, 0)

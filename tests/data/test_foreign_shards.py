@@ -191,6 +191,8 @@ def test_the_list_is_made_once_and_anew_after_a_change(
         assert [made(11), made(11)] == [True, False]
         (root / "classes.json").write_text('{"0": "a", "1": "b", "2": "c"}')
         assert [made(11), made(11)] == [True, False]
+    (root / "classes.json").write_text('{"2": "c", "1": "b", "0": "a"}')
+    assert load(root).class_names == ("c", "b", "a")
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -349,3 +351,11 @@ def test_a_folder_at_a_server_cannot_be_listed(server: FlakyServer, tmp_path: Pa
     write_set(tmp_path / "set")
     with pytest.raises(FileNotFoundError, match=r"set/shards.json: missing; .* as in train-\{000000..000099\}.tar"):
         load(f"{server.url}/set")
+
+
+def test_names_that_come_late_to_a_server_are_taken(tmp_path: Path, server: FlakyServer) -> None:
+    write_set(tmp_path / "set")
+    name = f"{server.url}/set/shard-{{000..002}}.tar"
+    assert load(name).class_names == ("0", "1", "2")
+    (tmp_path / "set" / "classes.json").write_text('{"0": "a", "1": "b", "2": "c"}')
+    assert load(name).class_names == ("a", "b", "c")

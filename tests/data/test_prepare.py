@@ -75,6 +75,7 @@ def test_cifar_is_lossless(name: str, how: str, cifar: Callable[[str], Path], tm
     assert (result.made, result.num_classes) == (True, len(CLASSES[name]))
     data, random = load_data(str(result.folder)), np.random.RandomState(0)
     assert list(data.class_names) == [class_name.replace("_", " ") for class_name in CLASSES[name]]
+    assert list(data.class_ids) == CLASSES[name]  # as a model trained on the official batches calls them
     for split, files in (("train", layouts.DATASETS[name].train_list), ("test", layouts.DATASETS[name].test_list)):
         for file, _ in files:
             count = 2 * len(CLASSES[name])

@@ -334,7 +334,7 @@ def test_casts_follow_the_weights() -> None:
 def test_second_derivatives_are_an_error_not_a_wrong_number() -> None:
     module, x = Mlp(4, 4), torch.randn(1, 1, 1, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(native.mlp(module, x, "native").square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="no second derivatives"):
         gradient.sum().backward()
 
 
@@ -397,3 +397,44 @@ def test_gradients_of_an_lstm_layer_are_those_of_its_directions(
             torch.set_num_threads(1)
         assert torch.equal(w_ih, of_inputs)
         assert torch.equal(w_hh, of_states)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_norms_whose_parameters_are_strided(trains: bool) -> None:
+    """As pruning by `weight[::2]` leaves them. (PyTorch 2.14 has another gradient for its strided batch norms.)"""
+    torch.manual_seed(0)
+    model = create_model("sequencer2d_conv_p_patch2_16", num_classes=3).train(trains)
+    nn.init.normal_(model.get_parameter("head.fc.weight"))
+    strided = copy.deepcopy(model)
+    for plain, other in zip(model.modules(), strided.modules(), strict=True):
+        if isinstance(plain, nn.LayerNorm | nn.BatchNorm2d) and isinstance(other, nn.LayerNorm | nn.BatchNorm2d):
+            for name in ("weight", "bias"):
+                values = torch.randn(2 * len(plain.weight))
+                setattr(plain, name, nn.Parameter(values[::2].clone()))
+                setattr(other, name, nn.Parameter(values[::2]))
+    images = torch.randn(3, 3, 16, 16)
+    if trains:
+        found, expected = (
+            torch.autograd.grad(net(images).square().sum(), list(net.parameters())) for net in (strided, model)
+        )
+        assert all(map(torch.equal, found, expected))
+    else:
+        with torch.no_grad():
+            for _ in range(2):  # then by what was kept
+                torch.testing.assert_close(strided(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_of_another_size_is_pytorchs_error() -> None:
+    norm = nn.LayerNorm(32)
+    norm.weight.data = norm.weight.data[:16]
+    with pytest.raises(RuntimeError, match="16"):
+        native.residual_norm(torch.randn(1, 2, 2, 32), None, nn.Identity(), norm, "native")
+
+
+def test_a_second_derivative_of_a_whole_model_says_what_to_do() -> None:
+    model = create_model("sequencer2d_conv_p_patch2_16", num_classes=3)
+    nn.init.normal_(model.get_parameter("head.fc.weight"))
+    images = torch.randn(2, 3, 16, 16, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(images).square().sum(), images, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no second derivatives; call sequencer2d\.set_backend\(model, 'torch'\)"):
+        grad.square().sum().backward()

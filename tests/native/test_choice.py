@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from sequencer2d import backends, create_model, set_backend
 from sequencer2d.layers import MIXERS, BiLSTM2D
-from sequencer2d.native import available, choice, library, serves
+from sequencer2d.native import available, choice, library, residual_norm, serves
 
 X = torch.randn(2, 3, 4, 8)
 needs_kernels = pytest.mark.skipif(not available(), reason="the package was installed without kernels")
@@ -141,3 +142,32 @@ def test_train_takes_every_backend() -> None:
     from sequencer2d.training.config import TrainConfig
 
     assert TrainConfig(backend="native").backend == "native"
+
+
+@needs_kernels
+def test_doubles_stay_doubles_under_autocast() -> None:
+    """As autocast leaves them."""
+    torch.manual_seed(0)
+    model = create_model("sequencer2d_conv_p_patch2_16", num_classes=3).double().eval()
+    nn.init.normal_(model.get_parameter("head.fc.weight"))
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    expected = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(images), expected)
+        model(images).sum().backward()
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # PyTorch's own rules for these derivatives
+def test_forward_mode_derivatives_are_pytorchs() -> None:
+    """Without gradients for the backward mode, too, where a tangent would be lost without a word."""
+    torch.manual_seed(0)
+    norm, x, tangent = nn.LayerNorm(64), torch.randn(1, 4, 4, 64), torch.randn(1, 4, 4, 64)
+    with torch.no_grad(), forward_ad.dual_level():
+        _, y = residual_norm(forward_ad.make_dual(x, tangent), None, nn.Identity(), norm, "auto")
+        found = forward_ad.unpack_dual(y).tangent
+    assert found is not None
+    step = 1e-2
+    with torch.no_grad():
+        expected = (norm(x + step * tangent) - norm(x - step * tangent)) / (2 * step)
+    assert (found - expected).norm() < 1e-2 * expected.norm()

@@ -144,3 +144,8 @@ def test_a_config_survives_yaml_and_json(config: TrainConfig, tmp_path: Path) ->
     assert json.loads(json.dumps(plain)) == plain
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
     assert config_from_yaml(tmp_path / "config.yaml") == config
+
+
+def test_what_is_muons_is_not_for_adamw() -> None:
+    with pytest.raises(ValueError, match=r"optim\.keep_norms is Muon's; add --optim\.keep_norms false"):
+        OptimConfig(keep_norms=True)

@@ -230,3 +230,8 @@ def test_a_teacher_that_does_not_fit_is_named_before_anything_is_written(tmp_pat
     with pytest.raises(ValueError, match="has 2 classes and the data have 3"):
         train(replace(config, distill=DistillConfig(teacher=path)))
     assert not Path(config.run_dir or "").exists()
+
+
+def test_a_teacher_may_know_the_classes_by_their_ids(tmp_path: Path) -> None:
+    path = save_ours(tmp_path / "model.safetensors")
+    assert load_teacher(DistillConfig(teacher=path), ("sky", "grass", "blood"), NAMES)

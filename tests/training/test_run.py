@@ -33,6 +33,7 @@ from sequencer2d.training.faults import TrainingError
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 from sequencer2d.training.muon import Muon
 from sequencer2d.training.run import train
+from sequencer2d.training.schedule import Clock
 from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import ModelFileError, load_model
 
@@ -645,3 +646,86 @@ def test_a_run_folder_that_cannot_be_written_is_an_error_at_once(config: TrainCo
         train(replace(config, run_dir=str(tmp_path / "file")))
     with pytest.raises(OSError, match="file"):
         train(replace(config, run_dir=str(tmp_path / "file" / "below")))
+
+
+def test_a_resumed_run_stays_in_its_folder(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        run_dir = train(config).run_dir
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    for resume in (run_dir, last_checkpoint(run_dir)):
+        with pytest.raises(
+            ValueError, match=r"--resume goes on in .*run; leave --run-dir .*other out, or begin another"
+        ):
+            train(TrainConfig(resume=str(resume), run_dir=str(tmp_path / "other")))
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert train(TrainConfig(resume=str(run_dir), run_dir=str(run_dir))).finished
+    with pytest.raises(ValueError, match=r"holds a finished run; begin another from its weights: --weights "):
+        train(TrainConfig(resume=str(run_dir)))
+
+
+def test_weights_that_know_the_validation_images_are_told(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = replace(config, epochs=1, run_dir=f"{config.run_dir}-1")
+    train(first)
+    told = "was trained on images that are for validation now"
+
+    def tells(number: int, **changes: Any) -> bool:
+        caplog.clear()
+        train(replace(first, weights=first.run_dir, run_dir=f"{config.run_dir}-{number}", **changes))
+        return told in caplog.text
+
+    assert not tells(2)
+    assert tells(3, seed=1)
+    assert "--split-seed 0 --val-fraction 0.25 makes its own split" in caplog.text
+    assert not tells(4, seed=1, split_seed=0)
+    (Path(first.run_dir or "") / "split.json").unlink()
+    assert tells(5, val_fraction=0.5)
+    assert not tells(6)
+    assert not tells(7, seed=1, data=str(make_images(Path(config.data).with_name("others"))))
+
+
+def test_the_final_evaluation_takes_no_more_than_training_did_and_its_backend(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, backends = [], set()
+    original = run.evaluate_images
+
+    def noting(model: Any, *arguments: Any, **options: Any) -> Any:
+        sizes.append(options["batch_size"])
+        backends.update(part.backend for part in model.modules() if hasattr(part, "backend"))
+        return original(model, *arguments, **options)
+
+    monkeypatch.setattr(run, "evaluate_images", noting)
+    train(replace(config, epochs=1, backend="torch"))
+    assert (sizes, backends) == ([5], {"torch"})
+
+
+def test_time_for_the_first_validation_is_kept_free(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimated once half of the time is over; a first epoch that is longer than the budget would take it all."""
+    seen: list[float] = []
+    monkeypatch.setattr(Clock, "elapsed_s", property(lambda self: 60 * 40 * min(1, len(seen) / 4)))
+    monkeypatch.setattr(SequencerTask, "images_per_s", property(lambda self: 0.01))
+    original = SequencerTask.on_before_optimizer_step
+
+    def noting(self: SequencerTask, *arguments: Any) -> None:
+        original(self, *arguments)
+        seen.append(self.clock.reserve_s)
+
+    monkeypatch.setattr(SequencerTask, "on_before_optimizer_step", noting)
+    train(replace(config, max_minutes=60.0, accumulate=1))
+    assert seen[:4] == [0, 0, 0, 0]
+    assert seen[4] == 9 / 0.01  # nine images at a hundredth of one a second
+    assert seen[-1] < 60  # as measured
+
+
+def test_a_run_that_goes_on_may_skip_what_is_no_number(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step that the error names."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        run_dir = train(config).run_dir
+    assert train(TrainConfig(resume=str(run_dir), skip_nonfinite=10)).finished
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["skip_nonfinite"] == 10

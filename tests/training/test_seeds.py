@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from runs import make_images, stop_at, tiny_run
 from sequencer2d.cli import DONE, STOPPED, WRONG_INPUT, main
 from sequencer2d.evaluation import evaluate
+from sequencer2d.training import machine
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.seeds import SeedRun, SeedsResult, train_seeds
 from sequencer2d.weights import load_model
@@ -117,3 +119,15 @@ def test_the_command_prints_the_table(
     assert json.loads(Path("runs/colours-auto-seeds/seeds.json").read_text())["finished"]
     assert main(["train", "--seeds", "0-2"]) == WRONG_INPUT
     assert "--seeds 0-2: give whole numbers" in capsys.readouterr().err
+
+
+def test_all_seeds_train_in_the_precision_of_the_first(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However a probe of this processor may turn out the next time."""
+    ratios = iter((0.9, 2.0, 2.0))
+    monkeypatch.setattr(machine, "_bf16_speedup", lambda: next(ratios))
+    config = replace(config, precision="auto")
+    folders = [Path(config.run_dir or "") / f"seed-{seed}" for seed in (0, 1)]
+    train_seeds(config, [0, 1])
+    saved = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+    assert [run["precision"] for run in saved] == ["fp32", "fp32"]
+    assert train_seeds(config, [0, 1]).finished

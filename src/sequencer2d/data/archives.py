@@ -11,7 +11,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -135,18 +135,28 @@ def _zip_members(file: io.BufferedReader, path: Path, limits: Limits, progress: 
                 raise ArchiveError(
                     f"{path}: {info.filename!r} is a link or a device, which no data set needs; not unpacked"
                 )
-            check(info.filename, info.file_size)
-            if not info.is_dir():
+            name = _name_in_zip(info)
+            check(name, info.file_size)
+            if not name.endswith("/"):
                 if info.flag_bits & 1:
                     raise ArchiveError(
                         f"{path}: {info.filename!r} is encrypted; unpack it yourself and give the folder"
                     )
                 with archive.open(info) as content:
                     assert isinstance(content, io.BufferedIOBase)
-                    yield Member(name=_normal(info.filename), size=info.file_size, file=content)
+                    yield Member(name=_normal(name), size=info.file_size, file=content)
             done += info.compress_size
             if progress is not None:
                 progress(f"reading {path.name}", min(done, size), size)
+
+
+def _name_in_zip(info: zipfile.ZipInfo) -> str:
+    """The name as it was meant: macOS does not say that it writes UTF-8, Windows PowerShell parts folders by `\\`."""
+    name, says_utf8 = info.filename, info.flag_bits & 0x800
+    if not says_utf8 and not name.isascii():
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()  # from what zipfile took it for
+    return name if "/" in name else name.replace("\\", "/")
 
 
 class _StrictTarInfo(tarfile.TarInfo):

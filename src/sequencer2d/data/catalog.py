@@ -21,6 +21,7 @@ __all__ = [
     "ImageData",
     "ImageSet",
     "find_folder",
+    "is_same_data",
     "load_data",
     "split_names",
 ]
@@ -34,7 +35,7 @@ def load_data(
     name: str,
     *,
     root: str | Path | None = None,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = 0.1,
     seed: int = 0,
     download: bool = True,
 ) -> ImageData:
@@ -47,7 +48,7 @@ def load_data(
             path, URL or command (see `load_shards`).
         root: Folder of a data set of the catalogue, or the one that `prepare` was given. Default: `data` in the current
             folder; `imagenet` has none unless it was prepared there.
-        val_fraction: Share of the training images that become validation images where none are given.
+        val_fraction: Share of the training images that become validation images where none are given. None: none do.
         seed: Of that split.
         download: Whether CIFAR may be downloaded where it is missing.
 
@@ -60,7 +61,7 @@ def load_data(
 
     Example: `load_data("digits").class_names[:3] == ("0", "1", "2")`
     """
-    if not 0 < val_fraction < 1:
+    if val_fraction is not None and not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must lie between 0 and 1")
     folder = DEFAULT_ROOT if root is None else Path(root).expanduser()
     match name:
@@ -78,6 +79,11 @@ def load_data(
             return load_tiny_imagenet(folder)
         case _:
             return _load_path(name, root, val_fraction, seed)
+
+
+def is_same_data(name: str, other: str) -> bool:
+    """Whether two names, given as for `load_data`, mean the same data set, wherever a catalogue's may lie; "": none."""
+    return bool(other) and Path(name).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def find_folder(name: str, *, root: str | Path | None = None) -> Path:
@@ -105,7 +111,7 @@ def _prepared(name: str, root: Path) -> Path | None:
     return root / name if (root / name / CLASSES_FILE).is_file() else None
 
 
-def _load_digits(val_fraction: float, seed: int) -> ImageData:
+def _load_digits(val_fraction: float | None, seed: int) -> ImageData:
     """scikit-learn's handwritten digits: 1,797 images of 8×8, a fixed fifth of them for testing."""
     from sklearn.datasets import load_digits  # takes a second to import
 
@@ -125,7 +131,7 @@ def _load_digits(val_fraction: float, seed: int) -> ImageData:
     )
 
 
-def _load_imagenet(root: Path | None, val_fraction: float, seed: int) -> ImageData:
+def _load_imagenet(root: Path | None, val_fraction: float | None, seed: int) -> ImageData:
     layout = "train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
     if root is None:
         raise ValueError(f"imagenet: cannot be downloaded; name its folder, which holds {layout}, as root")
@@ -134,7 +140,7 @@ def _load_imagenet(root: Path | None, val_fraction: float, seed: int) -> ImageDa
     return load_folder(root, val_fraction=val_fraction, seed=seed, name="imagenet")
 
 
-def _load_path(name: str, root: str | Path | None, val_fraction: float, seed: int) -> ImageData:
+def _load_path(name: str, root: str | Path | None, val_fraction: float | None, seed: int) -> ImageData:
     if is_shards(name):
         if root is not None:
             raise ValueError(f"root={str(root)!r} is for the data sets of the catalogue; {name} are shards")

@@ -22,8 +22,8 @@ KINDS: dict[str, tuple[bool, str]] = {
     "near leak": (True, "nearly the same picture in two splits: accuracy is overstated"),
     "conflict": (True, "the same picture in two classes"),
     "near conflict": (True, "nearly the same picture in two classes"),
-    "duplicate": (False, "the same picture more than once in a class"),
-    "near duplicate": (False, "nearly the same picture more than once in a class"),
+    "duplicate": (False, "the same picture more than once in a class; a split may divide them"),
+    "near duplicate": (False, "nearly the same picture more than once in a class; a split may divide them"),
     "imbalance": (False, "classes of very different size"),
     "missing class": (False, "classes of train without images in another split"),
     "unlabelled": (False, "images without a class or outside the splits, not trained on"),
@@ -46,6 +46,8 @@ SMALL_SHARE = 0.25
 _FORMATS = {
     ".bmp": {"BMP", "DIB"},
     ".gif": {"GIF"},
+    ".jfif": {"JPEG", "MPO"},
+    ".jpe": {"JPEG", "MPO"},
     ".jpeg": {"JPEG", "MPO"},  # MPO: a JPEG with further pictures behind it, as telephones write
     ".jpg": {"JPEG", "MPO"},
     ".pgm": {"PPM"},

@@ -18,7 +18,7 @@ DATASETS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 logger = logging.getLogger(__name__)
 
 
-def load_cifar(name: str, root: Path, *, val_fraction: float, seed: int, download: bool) -> ImageData:
+def load_cifar(name: str, root: Path, *, val_fraction: float | None, seed: int, download: bool) -> ImageData:
     """Loads CIFAR into memory, after downloading, verifying and unpacking it where that is still to be done.
 
     Validation images are split off the official training set; `test` is the official test set.
@@ -57,6 +57,7 @@ def load_cifar(name: str, root: Path, *, val_fraction: float, seed: int, downloa
         val=val,
         test=_images(test, f"{name}/test"),
         val_source=val_source,
+        class_ids=tuple(name.replace("_", " ") for name in given.classes),  # as `prepare` has them
     )
 
 

@@ -16,7 +16,7 @@ _SPELLINGS = (*SPLIT_NAMES, "training", "eval", "evaluation", "testing")
 """In lower case; others than `SPLIT_NAMES` are refused where they can only be splits."""
 
 
-def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None = None) -> ImageData:
+def load_folder(root: Path, *, val_fraction: float | None, seed: int, name: str | None = None) -> ImageData:
     """Reads the layout of an image folder: `train/` with `val/`, `test/` or both, or class folders alone.
 
     Every folder that holds images, however deep, belongs to the class folder above it. Validation images that are not
@@ -25,7 +25,7 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
 
     Args:
         root: The folder. Nothing in it is changed.
-        val_fraction: Share of validation images where none are given.
+        val_fraction: Share of validation images where none are given. None: all are for training.
         seed: Of that split.
         name: Name of the data set. Default: the folder's.
 
@@ -51,7 +51,8 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
     if "val" in splits:
         val, val_source = _held_out(root, splits["val"], classes), "given"
     else:
-        _check_divisible(root, train_files)
+        if val_fraction is not None:
+            _check_divisible(root, train_files)
         of = "train" if "train" in splits else "the images"
         train, val, val_source = split_off_val(train, val_fraction, seed, of=of)
     return ImageData(
@@ -61,6 +62,7 @@ def load_folder(root: Path, *, val_fraction: float, seed: int, name: str | None 
         val=val,
         test=test,
         val_source=val_source,
+        class_ids=classes,
     )
 
 
@@ -88,8 +90,9 @@ def image_files(root: Path, folder: Path) -> list[str]:
 def files_below(root: Path, folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[str]:
     """Files in a folder and below, sorted, as POSIX paths relative to `root`.
 
-    Hidden files and folders are left out. Links to folders are followed, but no folder is read twice, so that a link
-    to a folder above ends there. A folder that cannot be read is an error, unless `on_error` takes it.
+    Hidden files and folders, and those of systems, are left out. Links to folders are followed, but no folder is read
+    twice, so that a link to a folder above ends there. A folder that cannot be read is an error, unless `on_error`
+    takes it.
     """
     found = []
     visited = {os.path.realpath(folder)}
@@ -102,9 +105,18 @@ def files_below(root: Path, folder: Path, on_error: Callable[[OSError], None] | 
 
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=on_error or _raise):
         prefix = "" if Path(parent) == root else f"{Path(parent).relative_to(root).as_posix()}/"
-        found += [f"{prefix}{file}" for file in files if not file.startswith(".")]
-        folders[:] = [f for f in sorted(folders) if not f.startswith(".") and is_new(os.path.join(parent, f))]
+        found += [f"{prefix}{file}" for file in files if not is_hidden(file)]
+        folders[:] = [f for f in sorted(folders) if not is_hidden(f) and is_new(os.path.join(parent, f))]
     return sorted(found)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: hidden, or what systems put between them."""
+    return name.startswith(".") or name in _OF_SYSTEMS
+
+
+_OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+"""What macOS adds to zips, Synology's thumbnails and waste bin, and the roots of disks under Windows and Linux."""
 
 
 def is_image_file(file: str) -> bool:
@@ -156,7 +168,7 @@ def _check_divisible(root: Path, files: dict[str, list[str]]) -> None:
 
 def subfolders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+        names = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
     return [folder / name for name in sorted(names)]
 
 

@@ -2,8 +2,8 @@
 
 A sample is an image and its label: a member `.cls`, a number or a word; or `.json`, with one of `LABEL_FIELDS` in it;
 or `.txt`, the name of the class. Of local files only the headers and labels are read; of others everything, four files
-at a time, and a checksum is taken. The list lies in the user's cache folder. It is made anew when a local file changes;
-of a remote one a change is noticed when it is read.
+at a time, and a checksum is taken. The list lies in the user's cache folder. It is made anew when a local file changes,
+or `classes.json`; of a remote tar file a change is noticed when it is read.
 """
 
 import hashlib
@@ -85,12 +85,12 @@ def index_tars(url_of: Callable[[str], str], files: dict[str, str]) -> tuple[tup
     files = dict(sorted(files.items()))
     urls = [url_of(file) for file in files]
     cache = _cache_file(urls)
-    stamps = [_stamp(url) for url in (*urls, url_of(CLASSES_FILE))]
+    named = _named_classes(url_of(CLASSES_FILE))
+    stamps = [*map(_stamp, urls), named and [list(item) for item in named.items()]]  # their order counts
     known = _read_cache(cache, stamps)
     if known is not None:
         return *known, str(cache)
     log.info("%s: no shards.json; its %d tar files are read through once, to list their images", urls[0], len(files))
-    named = _named_classes(url_of(CLASSES_FILE))
     tars = _read_all(urls)
     class_names, label_of = _classes(tars, list(files.values()), named)
     shards = [

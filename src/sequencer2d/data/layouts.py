@@ -16,7 +16,7 @@ from sequencer2d.data.archives import ArchiveError, Limits, open_archive, save
 from sequencer2d.data.cifar import DATASETS, download_cifar
 from sequencer2d.data.classes import CLASSES_FILE, distinct_names
 from sequencer2d.data.download import Progress, download
-from sequencer2d.data.folders import find_splits, image_files, load_folder
+from sequencer2d.data.folders import find_splits, image_files, is_hidden, load_folder
 from sequencer2d.data.images import IMAGE_EXTENSIONS
 from sequencer2d.data.sets import FileImages, ImageData
 from sequencer2d.data.tiny_imagenet import ANNOTATIONS, FOLDER, is_tiny_imagenet, load_tiny_imagenet
@@ -219,7 +219,7 @@ def lay_out_folder(job: Job) -> Layout:
 
 
 def _is_image_or_list(path: PurePosixPath) -> bool:
-    if any(part.startswith(".") or part == "__MACOSX" for part in path.parts):  # hidden, or what macOS adds to zips
+    if any(map(is_hidden, path.parts)):
         return False
     return path.suffix.lower() in IMAGE_EXTENSIONS or path.name in _LISTS
 

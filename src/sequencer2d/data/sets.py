@@ -114,11 +114,21 @@ class ImageData:
     test: ImageSet | None
     """What is read once, for the published number; never used to choose. `None`: the data bring none with labels."""
     val_source: str
-    """Where `val` comes from: "given", or how it was split off."""
+    """Where `val` comes from: "given", or how it was split off; "none" where it was not to be."""
+    class_ids: tuple[str, ...] = ()
+    """What weights may call the classes instead: the names of their folders, where `classes.json` has others."""
+
+    def has_classes(self, names: tuple[str, ...]) -> bool:
+        """Whether these are its classes, in its order, by their names or by their ids."""
+        return names in (self.class_names, self.class_ids)
 
 
-def split_off_val(images: ImageSet, val_fraction: float, seed: int, *, of: str) -> tuple[ImageSet, ImageSet, str]:
+def split_off_val(
+    images: ImageSet, val_fraction: float | None, seed: int, *, of: str
+) -> tuple[ImageSet, ImageSet, str]:
     """Divides `images` into train and val, and says so for `ImageData.val_source`; `of` names what is divided."""
+    if val_fraction is None:
+        return images, images.subset([]), "none"
     train, val = stratified_split(images.labels, val_fraction, seed)
     source = f"split: {100 * val_fraction:g}% of {of}, stratified, seed {seed}"
     return images.subset(train), images.subset(val), source

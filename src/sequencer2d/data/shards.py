@@ -95,7 +95,8 @@ def write_shards(
                 done += len(chosen)
                 if progress:
                     progress(done, total)
-        index = {"format": FORMAT, "class_names": data.class_names, "shards": [_listed(shard) for shard in shards]}
+        classes = {"class_names": data.class_names, "class_ids": data.class_ids}
+        index = {"format": FORMAT, **classes, "shards": [_listed(shard) for shard in shards]}
         write_atomic(folder / INDEX, json.dumps(index, separators=(",", ":"), ensure_ascii=False))
     return shards
 
@@ -108,7 +109,7 @@ def _written_before(root: Path, class_names: tuple[str, ...], num_images: dict[s
     """What an earlier call has written, if these are the classes and as many images."""
     if not (root / INDEX).is_file():
         raise FileExistsError(f"{root}: exists and is not an empty folder; remove it, or give another one")
-    names, shards = _read_index(str(root / INDEX))
+    names, _, shards = _read_index(str(root / INDEX))
     counts = Counter[str]()
     for shard in shards:
         counts[shard.split] += shard.num_images
@@ -310,7 +311,7 @@ class _NamedBytes(BytesIO):
         self.name = name
 
 
-def load_shards(name: str, *, val_fraction: float, seed: int) -> ImageData:
+def load_shards(name: str, *, val_fraction: float | None, seed: int) -> ImageData:
     """Reads the list of shards; of the images, none. Tar files without a list are read through once, for one.
 
     Args:
@@ -331,7 +332,7 @@ def load_shards(name: str, *, val_fraction: float, seed: int) -> ImageData:
     listed_in = INDEX
     attempts = None if wanted is None or not url.startswith("pipe:") else 2  # tar files of other tools have none
     try:
-        class_names, shards = _read_index(url, attempts)
+        class_names, class_ids, shards = _read_index(url, attempts)
     except (FileNotFoundError, PermissionError, ConnectionError) as error:  # a command cannot say what is missing
         if isinstance(error, ConnectionError) and not url.startswith("pipe:"):
             raise
@@ -339,6 +340,7 @@ def load_shards(name: str, *, val_fraction: float, seed: int) -> ImageData:
         if not files or (is_url(url) and wanted is None):
             raise
         class_names, shards, listed_in = index_tars(location.url, files)
+        class_ids = ()
     else:
         missing = sorted((wanted or set()) - {shard.file for shard in shards})
         if missing:
@@ -360,6 +362,7 @@ def load_shards(name: str, *, val_fraction: float, seed: int) -> ImageData:
         val=val,
         test=images["test"] if len(images["test"]) else None,
         val_source=val_source,
+        class_ids=class_ids,
     )
 
 
@@ -393,7 +396,8 @@ def _short_name(location: ShardLocation) -> str:
     return (re.findall(r"[\w.-]+", re.sub(r":\d+", "", before)) or ["shards"])[-1]
 
 
-def _read_index(url: str, attempts: int | None = None) -> tuple[tuple[str, ...], list[Shard]]:
+def _read_index(url: str, attempts: int | None = None) -> tuple[tuple[str, ...], tuple[str, ...], list[Shard]]:
+    """Names and ids of the classes, and the shards; lists of before 2026-12 have no ids."""
     try:
         content = fetch(url, attempts=attempts)
     except FileNotFoundError as error:
@@ -408,10 +412,11 @@ def _read_index(url: str, attempts: int | None = None) -> tuple[tuple[str, ...],
         names = [field.name for field in fields(Shard) if field.name != "keys"]
         shards = [Shard(**{name: entry[name] for name in names}) for entry in index["shards"]]
         class_names = tuple(map(str, index["class_names"]))
+        class_ids = tuple(map(str, index.get("class_ids", ())))
         unknown = {label for shard in shards for label in shard.labels} - set(range(len(class_names)))
         if unknown:
             raise ValueError(f"label {unknown.pop()} is not one of the {len(class_names)} classes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ShardError(f"{url}: not a list of shards ({reason}); write the shards again") from error
-    return class_names, shards
+    return class_names, class_ids, shards

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sequencer2d.native import matmul, weights
 from sequencer2d.native.choice import computing_dtype, is_plain, is_unobserved, ready
 from sequencer2d.native.library import kernel
+from sequencer2d.native.op import once_differentiable
 
 DROP_PATHS = (nn.Identity, DropPath)
 """What the kernels know to do in the place of `drop_path`."""
@@ -40,7 +40,7 @@ def residual_norm(
         and type(norm) is nn.LayerNorm
         and (bias := norm.bias) is not None
         and is_plain(*tensors, weight := norm.weight, bias)
-        and norm.normalized_shape == x.shape[-1:]
+        and norm.normalized_shape == weight.shape == bias.shape == x.shape[-1:]
         and (x.dtype, dtype) in TYPES
         and all(tensor.is_contiguous() and tensor.shape == x.shape for tensor in tensors)
         and (branch is None or (branch.dtype == dtype and type(drop_path) in DROP_PATHS))
@@ -53,7 +53,7 @@ def residual_norm(
         scale = drop_path(branch.new_ones(len(branch), 1, 1, 1)).float()
     if torch.is_grad_enabled():
         return _ResidualNorm.apply(x, branch, scale, weight, bias, norm.eps, dtype)  # type: ignore[return-value]
-    return run_norm(x, branch, scale, weight.float(), bias.float(), norm.eps, dtype, None)
+    return run_norm(x, branch, scale, as_floats(weight), as_floats(bias), norm.eps, dtype, None)
 
 
 def mlp(module: Any, x: Tensor, backend: str) -> Tensor:
@@ -121,6 +121,11 @@ TYPES = {
 """What is stored, and what is computed in."""
 
 
+def as_floats(parameter: Tensor) -> Tensor:
+    """A norm's weight or bias as the kernels take it: fp32, number by number."""
+    return parameter.float().contiguous()
+
+
 def run_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -152,7 +157,7 @@ class _ResidualNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         trains = any(ctx.needs_input_grad)
         statistics = x.new_empty(x.numel() // x.shape[-1], 2, dtype=torch.float32) if trains else None
-        parameters = (weight.float(), bias.float())
+        parameters = (as_floats(weight), as_floats(bias))
         total, normed = run_norm(x, branch, scale, *parameters, epsilon, dtype, statistics)
         if trains:
             ctx.save_for_backward(total, statistics, parameters[0], scale)

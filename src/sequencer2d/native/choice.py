@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack  # type: ignore[import-not-found]
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -87,12 +88,14 @@ def ready(backend: str) -> bool:
     """Whether kernels that no compiler, tracer or transform knows may run: in eager execution, where they are there."""
     if backend == "torch" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return peek_interpreter_stack() is None and not _has_any_global_hook() and not _missing()
+    return not _is_transformed() and not _has_any_global_hook() and not _missing()
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:
-    """What is computed in: autocast's precision, else that of the input."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    """What is computed in: autocast's precision, which leaves doubles alone, else that of the input."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
 
 
 def is_plain(*tensors: Tensor | Proxy) -> bool:
@@ -115,6 +118,11 @@ def is_unobserved(*modules: nn.Module) -> bool:
     return True
 
 
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work, for which the kernels have no rules."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 @torch.compiler.assume_constant_result
 def _missing() -> str:
     """Why there are no kernels at all; empty where there are."""
@@ -129,8 +137,8 @@ def _unfit(x: Tensor, rnns: tuple[nn.Module, ...]) -> str:
     """Why the kernels do not fit this call; empty where they do."""
     if x.device.type != "cpu":
         return f"tensors are on {x.device.type}"
-    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
-        return "torch.func transforms have no rule for the kernels"
+    if not torch.compiler.is_compiling() and _is_transformed():
+        return "torch.func and forward-mode derivatives have no rule for the kernels"
     # A counter of operations has such hooks, too, and sees those of the kernels.
     observed = not torch.compiler.is_compiling() and _has_any_global_hook() and _get_current_dispatch_mode() is None
     for rnn in rnns:
@@ -140,10 +148,9 @@ def _unfit(x: Tensor, rnns: tuple[nn.Module, ...]) -> str:
             return "hooks look into nn.LSTM"
         if rnn.input_size != x.shape[-1] or rnn.hidden_size != rnns[0].hidden_size:
             return "the sizes of the layers and the tokens differ"
-    if torch.is_autocast_enabled("cpu"):
+    dtypes = {x.dtype, *(rnn.weight_hh_l0.dtype for rnn in rnns if isinstance(rnn, nn.LSTM))}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
         dtypes = {torch.get_autocast_dtype("cpu")}
-    else:
-        dtypes = {x.dtype, *(rnn.weight_hh_l0.dtype for rnn in rnns if isinstance(rnn, nn.LSTM))}
     if dtypes not in ({torch.float32}, {torch.bfloat16}):
         return f"tensors are {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}"
     return ""

@@ -13,7 +13,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from sequencer2d.native import matmul, op, weights
-from sequencer2d.native.block import DROP_PATHS, TYPES, run_norm
+from sequencer2d.native.block import DROP_PATHS, TYPES, as_floats, run_norm
 from sequencer2d.native.choice import computing_dtype, is_plain, is_unobserved, ready
 from sequencer2d.native.library import Shape, kernel
 
@@ -150,7 +150,7 @@ def _prepare(
         return None
     return _Block(
         C,
-        ((norm1[0].float(), norm1[1].float()), (norm2[0].float(), norm2[1].float())),
+        ((as_floats(norm1[0]), as_floats(norm1[1])), (as_floats(norm2[0]), as_floats(norm2[1]))),
         weights.pack(rnns, dtype, kernel(), shape),
         *((matmul.reordered(layer.weight.to(dtype)), layer.bias.to(dtype)) for layer in linears),
     )

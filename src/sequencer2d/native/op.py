@@ -7,6 +7,8 @@ The recurrence is the kernels', and so is the projection of the inputs, which th
 them. Only in fp32 without AVX-512 the projections of all directions are one matrix product of a library's.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -160,6 +162,28 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, 
 
 def _no_double_backward(ctx: Any, *_: Any) -> None:
     raise RuntimeError("the CPU kernels have no second derivatives; call sequencer2d.set_backend(model, 'torch') first")
+
+
+class _Once(torch.autograd.Function):
+    """Hands gradients on, which have none of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Any, *of: Tensor | None) -> Any:  # type: ignore[override]
+        return gradients
+
+    backward = staticmethod(_no_double_backward)  # type: ignore[assignment]
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch's, for the `backward` of a function of kernels, with an error that says what to do."""
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        return _Once.apply(results, *gradients) if torch.is_grad_enabled() else results
+
+    return checked
 
 
 bilstm2d.register_autograd(_backward, setup_context=_setup_context)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from sequencer2d.native.choice import computing_dtype, is_plain, is_unobserved, ready
 from sequencer2d.native.library import CONVOLUTIONS, POOLINGS, kernel
+from sequencer2d.native.op import once_differentiable
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of images that are pooled and normed by the kernel."""
@@ -35,13 +35,12 @@ def convolves(backend: str, x: Tensor, module: nn.Conv2d) -> bool:
         _fits(backend, x, module.weight)
         and (computing_dtype(x) == torch.float32 or _trains(x, module.weight))
         and kernel().name in CONVOLUTIONS.get(computing_dtype(x), ())
-        and module.kernel_size == (3, 3)
+        and module.weight.shape[1:] == (x.shape[1], 3, 3)
         and module.stride == module.padding == module.dilation == (1, 1)
         and module.groups == 1
         and module.bias is None
         and module.padding_mode == "zeros"
-        and module.in_channels == x.shape[1]
-        and module.in_channels % CHANNELS == module.out_channels % CHANNELS == 0
+        and x.shape[1] % CHANNELS == len(module.weight) % CHANNELS == 0
         and x.shape[0] * x.shape[2] * x.shape[3] >= LEAST_PIXELS
     )
 
@@ -77,8 +76,9 @@ def norms(backend: str, x: Tensor, norm: nn.Module, activation: nn.Module) -> bo
         and _fits(backend, x, norm.weight, norm.bias)
         and _trains(x, norm.weight, norm.bias)
         and x.dtype in DTYPES
+        and norm.weight.shape == norm.bias.shape == (x.shape[1],)
         and x.shape[1] == norm.num_features < x.numel()
-        and norm.weight.dtype == torch.float32
+        and norm.weight.dtype == norm.bias.dtype == torch.float32
         and norm.training
         and norm.track_running_stats
         and norm.momentum is not None
@@ -170,6 +170,7 @@ class _NormGelu(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, statistics: Tensor
     ) -> Tensor:
         y = _image(x, *x.shape)
+        weight, bias = weight.contiguous(), bias.contiguous()
         kernel().batch_norm_forward(x, weight, bias, epsilon, y, statistics)
         ctx.save_for_backward(x, weight, bias, statistics)
         ctx.epsilon = epsilon

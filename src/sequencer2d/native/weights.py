@@ -100,7 +100,8 @@ def kept(module: nn.Module, tensors: Sequence[Tensor], key: tuple[object, ...], 
 def _sample(tensor: Tensor) -> Tensor:
     """A view of some values, which are those of the tensor as long as it lies where it does."""
     values = tensor.detach()
-    values = values.view(-1) if values.is_contiguous() else values.select(-1, 0)
+    if values.dim() > 1:
+        values = values.view(-1) if values.is_contiguous() else values.select(-1, 0)
     return values[:: max(1, len(values) // _SAMPLES)]
 
 

@@ -60,6 +60,8 @@ class OptimConfig:
             raise ValueError(f"optim.ema_decay={self.ema_decay} must lie in (0, 1)")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"optim.momentum={self.momentum} must lie in [0, 1)")
+        if self.keep_norms and self.optimizer != "muon":
+            raise ValueError("optim.keep_norms is Muon's; add --optim.keep_norms false, or take --optim.optimizer muon")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must lie in [0, 1)")
 

@@ -85,13 +85,16 @@ class Teacher:
         return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def load_teacher(config: DistillConfig, class_names: tuple[str, ...]) -> Teacher | None:
+def load_teacher(
+    config: DistillConfig, class_names: tuple[str, ...], class_ids: tuple[str, ...] = ()
+) -> Teacher | None:
     """The teacher that a config asks for, on the CPU; None if it asks for none.
 
     Args:
         config: Names a run folder, a file or weights in the package (as `load_model` takes them), or a model of timm's,
             its hub's among them.
         class_names: The student's classes, which the teacher must know, in this order as far as it tells.
+        class_ids: What it may call them instead (`ImageData.class_ids`).
 
     Raises:
         FileNotFoundError: The weights are missing or cannot be had.
@@ -110,7 +113,7 @@ def load_teacher(config: DistillConfig, class_names: tuple[str, ...]) -> Teacher
             f"the teacher {config.teacher} has {count} classes and the data have {len(class_names)}; "
             "fine-tune it on the same data first"
         )
-    if names and names != class_names:
+    if names and names not in (class_names, class_ids):
         first = next(number for number, name in enumerate(class_names) if names[number] != name)
         raise ValueError(
             f"the teacher {config.teacher} has other classes than the data: its number {first} is {names[first]}, "

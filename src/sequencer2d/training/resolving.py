@@ -77,7 +77,7 @@ def _find_batch_size(config: TrainConfig, data: ImageData, num_processes: int) -
         check_peer(model, config, Ranks())
     freeze(model, config.finetune.freeze)
     prepare(model, config)
-    teacher = load_teacher(config.distill, data.class_names)
+    teacher = load_teacher(config.distill, data.class_names, data.class_ids)
     if teacher and torch.cuda.is_available():
         teacher.model.cuda()
     at_full_size = replace(config, progressive=ProgressiveConfig())

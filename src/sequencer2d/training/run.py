@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
-from sequencer2d.data.catalog import FileImages, ImageData, ImageSet, load_data, split_names
+from sequencer2d.data.catalog import FileImages, ImageData, ImageSet, is_same_data, load_data, split_names
 from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
@@ -25,6 +25,7 @@ from sequencer2d.data.verdicts import known_bad
 from sequencer2d.evaluation import Evaluation, check_split, evaluate_images, get_split
 from sequencer2d.files import write_atomic
 from sequencer2d.inference import best_device
+from sequencer2d.layers import set_backend
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import Classifier, Peer
 from sequencer2d.training.callbacks import (
@@ -73,7 +74,8 @@ from sequencer2d.training.sharding import ShardedStrategy, is_to_shard, whole_mo
 from sequencer2d.training.task import LIGHTNING_PRECISION, SequencerTask
 from sequencer2d.visualize.report import write_report
 from sequencer2d.visualize.samples import draw_samples, write_samples
-from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model
+from sequencer2d.weights import ModelCard, load_model, load_weights_into, save_model, training_of
+from sequencer2d.zoo import find_model_file
 
 log = logging.getLogger("sequencer2d")
 
@@ -119,7 +121,13 @@ def train(config: TrainConfig, given: Collection[str] | None = None) -> TrainRes
     ranks = join_ranks()
     resumed_from = resume_path(config.resume)
     if resumed_from:
-        config = of_same_run(load_run_config(run_of(resumed_from)), config, given)
+        run_dir = run_of(resumed_from)
+        if config.run_dir and Path(config.run_dir).resolve() != run_dir.resolve():
+            raise ValueError(
+                f"--resume goes on in {run_dir}; leave --run-dir {config.run_dir} out, or begin another run from the "
+                f"weights: --weights {run_dir}"
+            )
+        config = of_same_run(load_run_config(run_dir), config, given)
     check_loggers(config.loggers)
     is_to_shard(config, ranks)  # or says why not, before anything is written
     with settled(config, ranks) as settings:
@@ -135,7 +143,8 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     config = ranks.of_first(lambda: resolve_for(config, data, ranks))
     run_dir = ranks.of_first(lambda: run_of(resumed_from) if resumed_from else choose_run_dir(config, data.name))
     if (run_dir / "result.json").exists():
-        raise ValueError(f"{run_dir} holds a finished run; give another --run-dir")
+        another = f"begin another from its weights: --weights {run_dir}" if resumed_from else "give another --run-dir"
+        raise ValueError(f"{run_dir} holds a finished run; {another}")
     begun = bool(find_checkpoints(run_dir / "checkpoints"))
     if begun:
         check_split(run_dir, data)
@@ -147,7 +156,7 @@ def _train(config: TrainConfig, ranks: Ranks, settings: tuple[str, ...], resumed
     if num_val < ranks.world_size:
         raise ValueError(f"{data.name} has fewer validation images than there are processes, {ranks.world_size}")
     model = run.create_model(begun=begun)
-    teacher = load_teacher(config.distill, data.class_names)
+    teacher = load_teacher(config.distill, data.class_names, data.class_ids)
     for line in settings:
         log.info("%s", line)
     precision: Precision = ranks.of_first(lambda: _precision(config, run_dir))
@@ -251,10 +260,32 @@ class _Run:
         elif model.config.in_chans != 3:
             raise ValueError(f"model_args.in_chans={model.config.in_chans}, but images are read as RGB; leave it out")
         if self.config.weights and not begun:
-            notes = load_weights_into(model, self.config.weights, self.data.class_names)
+            names = (self.data.class_names, self.data.class_ids)
+            notes = load_weights_into(model, self.config.weights, *names)
             log.info("weights from %s%s", self.config.weights, "".join(f"; {note}" for note in notes))
         freeze(model, self.config.finetune.freeze)
+        if self.config.weights and not begun:
+            self.warn_of_other_split(find_model_file(self.config.weights))
         return model
+
+    def warn_of_other_split(self, weights: Path) -> None:
+        """Says so where the weights to start from were trained on images that validate them now."""
+        before = training_of(weights)
+        if self.data.val_source == "given" or not is_same_data(self.config.data, before.get("data", "")):
+            return
+        seed, fraction = before.get("split_seed", before.get("seed")), before.get("val_fraction")
+        learnt = weights.with_name("split.json")
+        if learnt.exists():
+            names = set(json.loads(learnt.read_text(encoding="utf-8"))["train"])
+            overlaps = not names.isdisjoint(split_names(self.data)["val"])
+        else:
+            overlaps = (seed, fraction) != (self.config.seed_of_split, self.config.val_fraction)
+        if overlaps:
+            log.warning(
+                "%s was trained on images that are for validation now, so that accuracy on these says too much; of the "
+                "same images --split-seed %s --val-fraction %s makes its own split",
+                *(self.config.weights, seed, fraction),
+            )
 
     def write_description(self) -> None:
         (self.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -327,11 +358,12 @@ def _fit(
     """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
     config, ranks = run.config, run.ranks
     small = config.preprocessing.image_size <= SMALL_IMAGE_SIZE
+    workers = -(-(config.num_workers or 0) // ranks.local_world_size)
+    cache_bytes = 2**31 // (max(1, workers) * ranks.local_world_size)  # each process comes to have its own
     train_images, val_images = (
-        CachedImages(images) if small and not isinstance(images, ShardImages) else images
+        CachedImages(images, cache_bytes) if small and not isinstance(images, ShardImages) else images
         for images in (run.images("train"), run.images("val"))
     )
-    workers = -(-(config.num_workers or 0) // ranks.local_world_size)
     share: dict[str, Any] = {"num_workers": workers, "rank": ranks.rank, "world_size": ranks.world_size}
     train_loader = TrainLoader(
         train_images,
@@ -346,7 +378,14 @@ def _fit(
         share_batch_norms(model)
     prepare(model, config)
     task = SequencerTask(
-        model, config, config.preprocessing, len(train_loader), teacher, ranks=ranks, faults=run.run_dir / "faults"
+        model,
+        config,
+        config.preprocessing,
+        len(train_loader),
+        teacher,
+        num_val=len(val_images),
+        ranks=ranks,
+        faults=run.run_dir / "faults",
     )
 
     if config.compile:
@@ -451,9 +490,17 @@ def _finish(run: _Run, task: SequencerTask, result: TrainResult) -> TrainResult:
     split = "test" if run.data.test else "val"
     images = run.images(split)
     names = {"data": run.data.name, "split": split, "class_names": card.class_names}
+    if isinstance(model, Sequencer2D) or run.config.backend == "torch":
+        set_backend(model, run.config.backend)
     model.to(best_device())
-    workers = run.config.num_workers or 0
-    evaluation, answers = evaluate_images(model, run.config.preprocessing, images, **names, num_workers=workers)
+    evaluation, answers = evaluate_images(
+        model,
+        run.config.preprocessing,
+        images,
+        **names,
+        batch_size=min(128, -(-run.config.images_per_step // run.ranks.world_size)),  # what fitted in the training
+        num_workers=run.config.num_workers or 0,
+    )
     skipped = tuple(dict.fromkeys([*task.skipped, *evaluation.skipped]))
     scores = {f"{split}_top1": evaluation.top1, f"{split}_loss": evaluation.loss}
     save_model(model, replace(card, training={**card.training, **scores}), path)

@@ -17,7 +17,7 @@ from sequencer2d.training.recipes import config_from_yaml
 
 MAY_CHANGE = {
     "run_dir", "resume", "num_workers", "log_every", "data_root", "loggers", "checkpoint_minutes", "keep_checkpoints",
-    "strategy",
+    "strategy", "skip_nonfinite",
 }  # fmt: skip
 """Fields that a continued run may have otherwise than the stopped one."""
 

@@ -107,8 +107,8 @@ def train_seeds(config: TrainConfig, seeds: Sequence[int]) -> SeedsResult:
                 return result
             ended = finished_run(of_seed)
             assert ended is not None
-        if config.batch_size == "auto":  # which is found once, for all
-            config = replace(config, batch_size=config_from_yaml(run_dir / f"seed-{seed}" / "config.yaml").batch_size)
+        trained = config_from_yaml(run_dir / f"seed-{seed}" / "config.yaml")  # what is automatic is found once, for all
+        config = replace(config, batch_size=trained.batch_size, precision=trained.precision)
         runs = (*result.runs, _seed_run(seed, ended))
         result = SeedsResult(run_dir=run_dir, runs=runs, finished=len(runs) == len(seeds))
         write_atomic(run_dir / "seeds.json", json.dumps(result.to_dict(), indent=2))

@@ -50,6 +50,7 @@ class SequencerTask(pl.LightningModule):
         config: Resolved.
         preprocessing: Of the images.
         batches_per_epoch: Length of the training loader.
+        num_val: How many validation images there are, by which the time for them is estimated until it is measured.
         ranks: The processes that train together.
         faults: Folder for what led to a loss or gradient that is no number.
     """
@@ -62,6 +63,7 @@ class SequencerTask(pl.LightningModule):
         batches_per_epoch: int,
         teacher: Teacher | None = None,
         *,
+        num_val: int = 0,
         ranks: Ranks = Ranks(),  # noqa: B008 - frozen
         faults: Path | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class SequencerTask(pl.LightningModule):
         self.preprocessing = preprocessing
         self.batches_per_epoch = batches_per_epoch
         self.teacher = teacher
+        self.num_val = num_val
         self.ranks = ranks
         self.faults = faults
         self.sharded = is_to_shard(config, ranks)
@@ -96,7 +99,10 @@ class SequencerTask(pl.LightningModule):
         """Of these batches."""
         self.buffers_before: list[Tensor] = []
         """What the model's buffers (statistics of batch norms) were before that update's first batch."""
+        self.images_seen = 0
         self.epochs_done = 0.0
+        self.validated = False
+        """Whether the clock's reserve for the last validation is as one has taken."""
         self.timed_progress = 0.0
         """Of a run with a budget of time, at the last change of the weights."""
 
@@ -179,7 +185,8 @@ class SequencerTask(pl.LightningModule):
         if self.nonfinite_updates >= self.config.skip_nonfinite:
             raise TrainingError(
                 f"numbers ran out of range at {where}; lower --optim.learning-rate (now {rate:.2g}), set "
-                "--optim.clip-grad-norm 1, try --precision fp32, or skip some such updates by --skip-nonfinite 10"
+                "--optim.clip-grad-norm 1 or try --precision fp32 in another --run-dir, or let this run go on and skip "
+                "some such updates by --skip-nonfinite 10"
             )
         self.nonfinite_updates += 1
         log.warning("skipped %s", where)
@@ -211,6 +218,9 @@ class SequencerTask(pl.LightningModule):
     def compare_clocks(self) -> None:
         """Each rank has a clock of its own; the fastest one counts. Once per update, since all wait for each other."""
         if self.config.max_minutes is not None:
+            # Half of the time: by then what only the first batches take is a small part. Without gradients it is less.
+            if not self.validated and self.images_seen and self.clock.elapsed_s > 30 * self.config.max_minutes:
+                self.clock.reserve_s = self.num_val / self.images_per_s
             self.timed_progress = self.ranks.highest(self.clock.progress(self.global_step))
 
     def on_train_epoch_start(self) -> None:
@@ -318,6 +328,7 @@ class SequencerTask(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.clock.reserve_s = self.ranks.highest(time.monotonic() - self.validation_started)
+        self.validated = True
         self.log_position()
 
     def put_together(self) -> None:
@@ -357,6 +368,7 @@ class SequencerTask(pl.LightningModule):
         saved = checkpoint["sequencer2d"]
         self.clock.before_s = saved["elapsed_s"]
         self.clock.reserve_s = saved["reserve_s"]
+        self.validated = saved["reserve_s"] > 0
         self.skipped.update(dict.fromkeys(saved["skipped"]))
         self.nonfinite_updates = saved["nonfinite_updates"]
 
