@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from sequencer2d.data import cifar
 from sequencer2d.data.catalog import load_data, split_names
 
-CLASSES = {"cifar10": [f"class{i}" for i in range(10)], "cifar100": [f"fine{i}" for i in range(100)]}
+CLASSES = {"cifar10": [f"class{i}" for i in range(10)], "cifar100": [f"fine_{i}" for i in range(100)]}
 
 
 class OldArray(np.ndarray):
@@ -107,6 +107,7 @@ def test_download(name: str, server: Server, tmp_path: Path, capfd: pytest.Captu
     data = load_data(name, root=root)
     assert data.test is not None
     assert (data.name, list(data.class_names)) == (name, CLASSES[name])
+    assert data.has_classes(tuple(class_name.replace("_", " ") for class_name in CLASSES[name]))  # of `prepare`
     assert len(data.train) + len(data.val) == {"cifar10": 1000, "cifar100": 200}[name]
     assert len(data.test) == 100
     assert data.val_source == "split: 10% of train, stratified, seed 0"
