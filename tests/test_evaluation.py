@@ -39,6 +39,41 @@ class Brightness(Sequencer2D):
         return (torch.nn.functional.one_hot(level, 6) * (0.9 - 0.02) + 0.02).log()
 
 
+def tiny_model(num_classes: int) -> Sequencer2D:
+    """One block, with a head that says something."""
+    torch.manual_seed(0)
+    model = Sequencer2D(
+        SequencerConfig(
+            layers=(1,),
+            patch_sizes=(2,),
+            embed_dims=(8,),
+            hidden_sizes=(2,),
+            mlp_ratios=(2.0,),
+            num_classes=num_classes,
+        )
+    )
+    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
+    return model
+
+
+def save_tiny(folder: Path, class_names: tuple[str, ...], crop_pct: float = 1.0) -> tuple[Path, ModelCard]:
+    """Its model file, for images of 8 pixels."""
+    model = tiny_model(len(class_names))
+    preprocessing = Preprocessing(image_size=8, crop_pct=crop_pct)
+    card = ModelCard(architecture="x", config=model.config, class_names=class_names, preprocessing=preprocessing)
+    save_model(model, card, folder / "m.safetensors")
+    return folder / "m.safetensors", card
+
+
+def insects(root: Path, count: int = 3) -> Path:
+    """A tree that is not divided; images of a class differ."""
+    for label, name in enumerate(("ant", "bee")):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (90 * label, 10 * number, 0)).save(root / name / f"{number}.png")
+    return root
+
+
 @pytest.fixture
 def grey_steps(tmp_path: Path) -> FileImages:
     """Image i shows level i // 2; the labels are wrong for images 0 and 5; image 11 is unreadable."""
@@ -74,13 +109,7 @@ def test_every_number_is_what_counting_by_hand_gives(grey_steps: FileImages) -> 
 
 
 def test_the_batch_size_changes_nothing(grey_steps: FileImages) -> None:
-    torch.manual_seed(0)
-    model = Sequencer2D(
-        SequencerConfig(
-            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=6
-        )
-    )
-    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
+    model = tiny_model(6)
     losses = [
         evaluate_images(
             model, Preprocessing(image_size=8), grey_steps, data="x", split="val", class_names=tuple("abcdef"),
@@ -111,17 +140,7 @@ def test_the_val_split_is_that_of_the_training_and_test_is_the_default(tmp_path:
 def test_int8_measures_its_ranges_on_other_images_than_it_is_evaluated_on(
     grey_steps: FileImages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
-    model = Sequencer2D(
-        SequencerConfig(
-            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=6
-        )
-    )
-    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
-    card = ModelCard(
-        architecture="x", config=model.config, class_names=tuple("abcdef"), preprocessing=Preprocessing(image_size=8)
-    )
-    save_model(model, card, tmp_path / "m.safetensors")
+    file, card = save_tiny(tmp_path, tuple("abcdef"))
     parts = {name: grey_steps.subset(range(3 * i, 3 * i + 3)) for i, name in enumerate(("train", "val", "test"))}
     images = ImageData(name="x", class_names=card.class_names, val_source="given", **parts)  # type: ignore[arg-type]
     monkeypatch.setattr(evaluation, "load_data", lambda *_, **__: images)
@@ -131,13 +150,13 @@ def test_int8_measures_its_ranges_on_other_images_than_it_is_evaluated_on(
     )
     splits: list[tuple[Literal["train", "val", "test"], str]] = [("test", "val"), ("val", "train"), ("train", "val")]
     for split, others in splits:
-        result = evaluate(tmp_path / "m.safetensors", data="x", split=split, precision="int8")
+        result = evaluate(file, data="x", split=split, precision="int8")
         assert result.precision == "int8"
         assert measured.pop() is parts[others]
-        fp32 = evaluate(tmp_path / "m.safetensors", data="x", split=split)
+        fp32 = evaluate(file, data="x", split=split)
         assert result.loss != fp32.loss
         assert result.loss == pytest.approx(fp32.loss, rel=0.05)
-        bf16 = evaluate(tmp_path / "m.safetensors", data="x", split=split, precision="bf16")
+        bf16 = evaluate(file, data="x", split=split, precision="bf16")
         assert bf16.loss != fp32.loss
         assert bf16.loss == pytest.approx(fp32.loss, rel=0.05)
 
@@ -153,29 +172,20 @@ def test_int8_measures_its_ranges_on_other_images_than_it_is_evaluated_on(
 def test_size_and_flips_are_as_asked_in_every_precision(
     precision: Literal["fp32", "bf16", "int8"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    model = Sequencer2D(
-        SequencerConfig(
-            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=2
-        )
-    )
-    torch.nn.init.normal_(model.get_parameter("head.fc.weight"))
-    preprocessing = Preprocessing(image_size=8, crop_pct=0.5)
-    card = ModelCard(architecture="x", config=model.config, class_names=("ant", "bee"), preprocessing=preprocessing)
-    save_model(model, card, tmp_path / "m.safetensors")
+    file, _ = save_tiny(tmp_path, ("ant", "bee"), crop_pct=0.5)
     pixels = np.random.RandomState(0).randint(0, 256, (12, 30, 30, 3), dtype=np.uint8)
     for mirrored in (False, True):
         for number, image in enumerate(pixels[:, :, ::-1] if mirrored else pixels):
-            file = tmp_path / str(mirrored) / ("train", "val")[number % 2] / ("ant", "bee")[number // 2 % 2]
-            file.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(file / f"{number}.png")
+            folder = tmp_path / str(mirrored) / ("train", "val")[number % 2] / ("ant", "bee")[number // 2 % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number}.png")
     seen: list[torch.Size] = []
     forward = Sequencer2D.forward
     monkeypatch.setattr(Sequencer2D, "forward", lambda self, x: seen.append(x.shape[1:]) or forward(self, x))
 
     def result(mirrored: bool = False, **options: Any) -> Evaluation:
         seen.clear()
-        return evaluate(tmp_path / "m.safetensors", data=str(tmp_path / str(mirrored)), precision=precision, **options)
+        return evaluate(file, data=str(tmp_path / str(mirrored)), precision=precision, **options)
 
     plain, larger, flipped = result(), result(image_size=14), result(flips=True)
     assert (plain.image_size, larger.image_size, flipped.image_size) == (8, 14, 8)
@@ -202,10 +212,7 @@ def test_images_for_calibration_are_from_all_over_and_readable(grey_steps: FileI
 
 
 def test_other_classes_are_an_error_that_names_them(tmp_path: Path) -> None:
-    for name in ("ant", "bee"):
-        (tmp_path / "insects" / name).mkdir(parents=True)
-        for number in range(3):
-            Image.new("RGB", (8, 8)).save(tmp_path / "insects" / name / f"{number}.png")
+    insects(tmp_path / "insects")
     model = Brightness()
     card = ModelCard(
         architecture="x",
@@ -220,28 +227,10 @@ def test_other_classes_are_an_error_that_names_them(tmp_path: Path) -> None:
         evaluate(tmp_path / "m.safetensors")
 
 
-def insects(root: Path, count: int = 3) -> Path:
-    """A tree that is not divided; images of a class differ."""
-    for label, name in enumerate(("ant", "bee")):
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            Image.new("RGB", (8, 8), (90 * label, 10 * number, 0)).save(root / name / f"{number}.png")
-    return root
-
-
 @pytest.fixture
 def model_file(tmp_path: Path) -> Path:
     """Of the classes ant and bee."""
-    model = Sequencer2D(
-        SequencerConfig(
-            layers=(1,), patch_sizes=(2,), embed_dims=(8,), hidden_sizes=(2,), mlp_ratios=(2.0,), num_classes=2
-        )
-    )
-    card = ModelCard(
-        architecture="x", config=model.config, class_names=("ant", "bee"), preprocessing=Preprocessing(image_size=8)
-    )
-    save_model(model, card, tmp_path / "m.safetensors")
-    return tmp_path / "m.safetensors"
+    return save_tiny(tmp_path, ("ant", "bee"))[0]
 
 
 def test_wrong_options_are_named(model_file: Path, tmp_path: Path) -> None:
@@ -318,6 +307,6 @@ def test_classes_may_be_known_by_the_names_of_their_folders(model_file: Path, tm
         evaluate(model_file, data=str(data))
 
 
-def test_a_model_that_tells_what_but_not_where_its_data_are(tmp_path: Path) -> None:
+def test_a_model_that_tells_what_but_not_where_its_data_are() -> None:
     with pytest.raises(ValueError, match=r"does not say where the cifar10 lies that it was trained on; give --data"):
         evaluate("sequencer2d_conv_l_patch4_32")

@@ -211,10 +211,15 @@ def check_split(run_dir: Path, data: ImageData) -> None:
         )
 
 
+def learnt_images(run_dir: Path) -> set[str] | None:
+    """Names of the images that a run's weights were learnt from; None where the folder is no run's."""
+    file = run_dir / "split.json"
+    return set(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.exists() else None
+
+
 def _warn_of_seen(run_dir: Path, data: ImageData, split: str) -> None:
     """Says so where images of other data than the training's may be the training's all the same."""
-    evaluated, file = get_split(data, split), run_dir / "split.json"
-    learnt = set(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.exists() else set()
+    evaluated, learnt = get_split(data, split), learnt_images(run_dir) or set()
     seen = sum(evaluated.name(i) in learnt for i in range(len(evaluated)))
     if seen:
         log.warning(

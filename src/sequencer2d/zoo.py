@@ -293,7 +293,7 @@ def create_model(
         raise ValueError(f"pretrained={pretrained!r} must be True, False, or say where weights are: {_PRETRAINED_FILE}")
     model = Sequencer2D(config)
     set_backend(model, backend)
-    model.default_cfg = model.pretrained_cfg = variant.default_cfg()
+    default_cfg = variant.default_cfg()
     if pretrained:
         source = (packaged or PREFIX + variant.hub_id) if pretrained is True else pretrained
         path = find_model_file(source, instead=f"create_model(…, {_PRETRAINED_FILE})")
@@ -303,21 +303,22 @@ def create_model(
             model.reset_classifier(classes)
         notes = load_weights(model, path, state)
         log.info("weights of %s from %s%s", name, path, "".join(f"; {note}" for note in notes))
-        model.default_cfg = model.pretrained_cfg = _cfg_of_file(variant, path) or variant.default_cfg()
+        default_cfg |= _cfg_of_file(variant, path)
+    model.default_cfg = model.pretrained_cfg = default_cfg
     return model
 
 
 _PRETRAINED_FILE = "pretrained='path/to/file'"
 
 
-def _cfg_of_file(variant: Variant, path: Path) -> dict[str, Any] | None:
-    """The `default_cfg` of a variant with the weights of a model file of ours; None for a file of others."""
+def _cfg_of_file(variant: Variant, path: Path) -> dict[str, Any]:
+    """What a model file of ours changes in the `default_cfg` of a variant; nothing for a file of others."""
     if path.suffix != ".safetensors":
-        return None
+        return {}
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
     if not {"class_names", "preprocessing"} <= metadata.keys():
-        return None
+        return {}
     class_names, preprocessing = (json.loads(metadata[name]) for name in ("class_names", "preprocessing"))
     image_size = preprocessing.pop("image_size")
     config = replace(variant.config, num_classes=len(class_names))

@@ -22,7 +22,7 @@ from sequencer2d.data.loaders import CachedImages, TrainLoader, eval_loader
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
 from sequencer2d.data.verdicts import known_bad
-from sequencer2d.evaluation import Evaluation, check_split, evaluate_images, get_split
+from sequencer2d.evaluation import Evaluation, check_split, evaluate_images, get_split, learnt_images
 from sequencer2d.files import write_atomic
 from sequencer2d.inference import best_device
 from sequencer2d.layers import set_backend
@@ -274,12 +274,11 @@ class _Run:
         if self.data.val_source == "given" or not is_same_data(self.config.data, before.get("data", "")):
             return
         seed, fraction = before.get("split_seed", before.get("seed")), before.get("val_fraction")
-        learnt = weights.with_name("split.json")
-        if learnt.exists():
-            names = set(json.loads(learnt.read_text(encoding="utf-8"))["train"])
-            overlaps = not names.isdisjoint(split_names(self.data)["val"])
-        else:
+        learnt = learnt_images(weights.parent)
+        if learnt is None:
             overlaps = (seed, fraction) != (self.config.seed_of_split, self.config.val_fraction)
+        else:
+            overlaps = not learnt.isdisjoint(split_names(self.data)["val"])
         if overlaps:
             log.warning(
                 "%s was trained on images that are for validation now, so that accuracy on these says too much; of the "
