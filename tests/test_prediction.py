@@ -96,6 +96,15 @@ def test_missing_files_and_folders_without_images_are_answers_too(model_file: Pa
     assert not missing.classes
 
 
+def test_pictures_of_formats_that_are_not_read_are_told_of(
+    model_file: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = len(list(predict(model_file, [folder])))
+    (folder / "IMG_1.HEIC").touch()
+    assert len(list(predict(model_file, [folder]))) == known
+    assert f"{folder}: 1 .heic files are left out" in caplog.text
+
+
 def test_standard_input_is_one_image(model_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = (folder / "3.png").read_bytes()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sequencer2d.data.folders import files_below, is_image_file
+from sequencer2d.data.folders import files_below, is_image_file, warn_of_unread
 from sequencer2d.data.images import ImageError, open_image
 from sequencer2d.data.transforms import EvalTransform
 from sequencer2d.files import atomic_file, write_atomic
@@ -123,6 +123,7 @@ def _below(folder: Path) -> list[str]:
     """Folders that cannot be read, and then images."""
     locked: list[str] = []
     files = files_below(folder, folder, on_error=lambda error: locked.append(str(error.filename)))
+    warn_of_unread(folder, files)
     return [*locked, *(str(folder / file) for file in files if is_image_file(file))]
 
 

@@ -76,6 +76,16 @@ def test_nested_images_count_and_other_files_do_not(tmp_path: Path) -> None:
     assert sorted(names["train"] + names["val"]) == sorted(images)
 
 
+def test_pictures_of_formats_that_are_not_read_are_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [*some("cat", "dog"), "cat/a.HEIC", "dog/deep/b.heic", "dog/c.dng", "dog/notes.txt", "dog/._d.heic"]
+    for _ in range(2):
+        assert len(split_names(load_data(str(make_tree(tmp_path, *files))))["train"]) == 18
+    told = "2 .heic, 1 .dng files are left out, a format that is not read; convert them to JPEG or PNG"
+    assert caplog.messages == [f"{tmp_path}: {told}"]
+
+
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     make_tree(tmp_path / "elsewhere", "deep/3.png")

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
+from sequencer2d.data.folders import is_image_file
 from sequencer2d.data.images import MAX_PIXELS, ImageError, open_image, open_picture
 
 RAMP = np.linspace(0, 1, 16).repeat(16).reshape(16, 16).T  # [H, W], black on the left to white on the right
@@ -200,6 +201,13 @@ def test_a_truncated_jpeg_is_an_error_wherever_it_ends(
     for reduction in (None, lambda width, height: 2):
         with pytest.raises(ImageError, match=r"a\.jpg: (not an image|cannot be decoded: .*truncated)"):
             open_picture(path, reduction)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow does not read AVIF")
+def test_avif_of_a_folder_is_read(tmp_path: Path) -> None:
+    path = saved(grey(), tmp_path / "a.AVIF", format="AVIF", quality=95)
+    assert is_image_file(path.name)
+    assert_ramp(open_image(path), tolerance=6)
 
 
 def test_animation_gives_its_first_frame(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ SMALL_SHARE = 0.25
 """Otherwise those are whose shorter side is below this part of the median, or which are longer than `MAX_ASPECT`."""
 
 _FORMATS = {
+    ".avif": {"AVIF"},
     ".bmp": {"BMP", "DIB"},
     ".gif": {"GIF"},
     ".jfif": {"JPEG", "MPO"},

@@ -1,14 +1,19 @@
 """Folders of images, one sub-folder per class: split already (train/, val/, test/) or one tree that is split here."""
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from sequencer2d.data.classes import read_class_names
-from sequencer2d.data.images import IMAGE_EXTENSIONS
+from sequencer2d.data.images import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS
 from sequencer2d.data.sets import FileImages, ImageData, split_off_val
+
+log = logging.getLogger("sequencer2d")
 
 VAL_NAMES = ("val", "valid", "validation")
 SPLIT_NAMES = ("train", *VAL_NAMES, "test")
@@ -72,7 +77,9 @@ def scan_classes(root: Path, parent: Path) -> dict[str, list[str]]:
     if not folders:
         hint = "; sort the images into one folder per class" if image_files(root, parent) else ""
         raise ValueError(f"{parent}: no class folders{hint}")
-    files = {folder.name: image_files(root, folder) for folder in folders}
+    below = {folder.name: files_below(root, folder) for folder in folders}
+    warn_of_unread(parent, (file for found in below.values() for file in found))
+    files = {class_name: [file for file in found if is_image_file(file)] for class_name, found in below.items()}
     empty = [class_name for class_name, found in files.items() if not found]
     if empty:
         raise ValueError(f"{parent}: no images in {_listed(empty)}; fill or remove the empty class folders")
@@ -122,6 +129,18 @@ _OF_SYSTEMS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume 
 def is_image_file(file: str) -> bool:
     """Whether a file counts as an image, by its extension."""
     return _extension(file) in IMAGE_EXTENSIONS
+
+
+def warn_of_unread(where: Path, files: Iterable[str]) -> None:
+    """Says so, once, where some of the files are pictures of a format that is not read."""
+    extensions = Counter(extension for extension in map(_extension, files) if extension in UNREAD_EXTENSIONS)
+    if extensions:
+        _warn_once(where, ", ".join(f"{count:,} {extension}" for extension, count in extensions.most_common()))
+
+
+@cache
+def _warn_once(where: Path, formats: str) -> None:
+    log.warning("%s: %s files are left out, a format that is not read; convert them to JPEG or PNG", where, formats)
 
 
 def find_splits(root: Path) -> dict[str, Path]:

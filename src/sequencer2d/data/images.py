@@ -15,9 +15,13 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_EXTENSIONS = frozenset(
-    {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+    {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 )
-"""What counts as an image file in a folder, in lower case."""
+"""What counts as an image file in a folder, in lower case. Pillow reads AVIF from 11.3 on."""
+UNREAD_EXTENSIONS = frozenset(
+    {".arw", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".jp2", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2", ".svg"}
+)
+"""Of pictures that are not read: of telephones and cameras, and of drawing programs."""
 
 MIN_SIDE = 2
 """Pixels; an image that is thinner has nothing to classify."""

@@ -16,7 +16,7 @@ from sequencer2d.data.archives import ArchiveError, Limits, open_archive, save
 from sequencer2d.data.cifar import DATASETS, download_cifar
 from sequencer2d.data.classes import CLASSES_FILE, distinct_names
 from sequencer2d.data.download import Progress, download
-from sequencer2d.data.folders import find_splits, image_files, is_hidden, load_folder
+from sequencer2d.data.folders import find_splits, image_files, is_hidden, load_folder, warn_of_unread
 from sequencer2d.data.images import IMAGE_EXTENSIONS
 from sequencer2d.data.sets import FileImages, ImageData
 from sequencer2d.data.tiny_imagenet import ANNOTATIONS, FOLDER, is_tiny_imagenet, load_tiny_imagenet
@@ -280,10 +280,15 @@ def _unpack(job: Job, archive: Path, limits: Limits, wanted: Callable[[PurePosix
     require_space(job.root, archive.stat().st_size)
     unpacked = job.scratch / "unpacked"
     unpacked.mkdir()
+    others = list[str]()
     with open_archive(archive, limits, job.progress) as members:
         for member in members:
-            if wanted(PurePosixPath(member.name)):
+            path = PurePosixPath(member.name)
+            if wanted(path):
                 save(member.file, unpacked / member.name)
+            elif not any(map(is_hidden, path.parts)):
+                others.append(member.name)
+    warn_of_unread(archive, others)
     inside = list(unpacked.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() else unpacked
 
