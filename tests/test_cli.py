@@ -16,8 +16,8 @@ from PIL import Image
 from sequencer2d.benchmarking import comparison
 from sequencer2d.benchmarking.processes import Answers, Entry
 from sequencer2d.cli import DONE, PROBLEM, STOPPED, VERBS, WRONG_INPUT, main
+from sequencer2d.terminal import VerbParser
 from sequencer2d.training import run
-from sequencer2d.verbs import VerbParser
 from sequencer2d.zoo import list_models
 
 TINY = [

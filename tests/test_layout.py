@@ -23,11 +23,11 @@ TIERS: list[set[str]] = [
     {"zoo"},
     {"registry", "weights"},
     {"data"},
-    {"inference"},
+    {"inference", "provenance"},
     {"evaluation", "prediction", "visualize"},
     {"training"},
     {"benchmarking"},
-    {"__main__", "cli", "verbs"},
+    {"__main__", "cli", "tables", "terminal", "verbs"},
 ]
 """A module imports from its own tier and from those above it here; the longest name that fits counts."""
 

@@ -1,7 +1,5 @@
 """How good is a model? Accuracy, loss, calibration and confusions on one split of a data set."""
 
-import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,18 +12,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from sequencer2d.data.catalog import ImageData, ImageSet, is_same_data, load_data, split_names
+from sequencer2d.data.catalog import ImageData, ImageSet, is_same_data, load_data
 from sequencer2d.data.loaders import eval_loader
 from sequencer2d.data.transforms import EvalTransform, normalize
 from sequencer2d.inference import answer, best_device
 from sequencer2d.model import Sequencer2D
 from sequencer2d.peers import Classifier, Peer
 from sequencer2d.preprocessing import Preprocessing
+from sequencer2d.provenance import check_split, warn_of_seen
 from sequencer2d.quantization import quantize
 from sequencer2d.weights import ModelCard, load_model
 from sequencer2d.zoo import find_model_file
-
-log = logging.getLogger("sequencer2d")
 
 EvalPrecision = Literal["fp32", "bf16", "int8"]
 
@@ -131,7 +128,7 @@ def evaluate(
     if own and (data is None or chosen != "test") and (run_dir / "split.json").exists():
         check_split(run_dir, images)
     if not own and chosen in ("val", "all") and images.val_source != "given":
-        _warn_of_seen(run_dir, images, chosen)
+        warn_of_seen(run_dir, get_split(images, chosen), data=images.name, split=chosen)
     if precision == "int8":
         if not isinstance(network, Sequencer2D):
             raise ValueError(f"{model} is a {card.architecture}, and int8 is for Sequencers; give --precision bf16")
@@ -197,42 +194,6 @@ def check_classes(card: ModelCard, data: ImageData) -> None:
         f"the model has {len(card.class_names)} classes and {data.name} has {len(data.class_names)}, not the same: "
         f"{'; '.join(details)}"
     )
-
-
-def check_split(run_dir: Path, data: ImageData) -> None:
-    """Raises ValueError if the images are no longer those that the run split, since then its parts would mix."""
-    saved = json.loads((run_dir / "split.json").read_text(encoding="utf-8"))
-    now = split_names(data)
-    if saved != now:
-        before, after = ({name for names in split.values() for name in names} for split in (saved, now))
-        raise ValueError(
-            f"the images of {data.name} are not those that {run_dir} was trained on: {len(after - before)} are new and "
-            f"{len(before - after)} are gone; restore them, or name other data for an evaluation, or another --run-dir"
-        )
-
-
-def learnt_images(run_dir: Path) -> set[str] | None:
-    """Names of the images that a run's weights were learnt from; None where the folder is no run's."""
-    file = run_dir / "split.json"
-    return set(json.loads(file.read_text(encoding="utf-8"))["train"]) if file.exists() else None
-
-
-def _warn_of_seen(run_dir: Path, data: ImageData, split: str) -> None:
-    """Says so where images of other data than the training's may be the training's all the same."""
-    evaluated, learnt = get_split(data, split), learnt_images(run_dir) or set()
-    seen = sum(evaluated.name(i) in learnt for i in range(len(evaluated)))
-    if seen:
-        log.warning(
-            "%s of these %s images are called as images that the model was trained on; if they are these, accuracy on "
-            "them says too much",
-            *(f"{seen:,}", f"{len(evaluated):,}"),
-        )
-    elif split == "val":
-        log.warning(
-            "%s has no validation images: these %s are split off its training images, on which the model may have been "
-            "trained; without --split all are evaluated",
-            *(data.name, f"{len(evaluated):,}"),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

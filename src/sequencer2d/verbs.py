@@ -5,64 +5,20 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.table import Column, Table
-from rich.text import Text
 
 from sequencer2d.cli import DONE, PROBLEM, STOPPED
 from sequencer2d.files import write_atomic
+from sequencer2d.tables import print_evaluation, print_measurements, print_report
+from sequencer2d.terminal import VerbParser, log_to_screen, printable, progress_bar, progress_bars
 
 if TYPE_CHECKING:
-    from sequencer2d.benchmarking.comparison import Measurement, Ratio
-    from sequencer2d.data.check import Report
-    from sequencer2d.evaluation import Evaluation
     from sequencer2d.training.config import TrainConfig
-
-
-class VerbParser(ArgumentParser):
-    """Options are written with hyphens; errors are one line and exit with 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"{self.prog}: {' '.join(message.split())} (options: {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_args(self, args: Sequence[str], **kwargs: Any) -> Namespace:  # type: ignore[override]
-        end = args.index("--") if "--" in args else len(args)
-        return super().parse_args([*map(_underscored, args[:end]), *args[end:]], **kwargs)
-
-    def options_first(self, arguments: list[str]) -> list[str]:
-        """The arguments with options and their values moved ahead of the others, which may then stand anywhere."""
-        options, others = [], []
-        rest = iter(arguments)
-        for argument in rest:
-            action = self._option_string_actions.get(_underscored(argument))
-            if argument == "--":
-                others += [argument, *rest]
-            elif action is not None and action.nargs != 0:
-                options += [argument, *islice(rest, 1)]
-            else:
-                (options if argument.startswith("-") and argument != "-" else others).append(argument)
-        return options + others
-
-    def format_help(self, *arguments: Any, **options: Any) -> str:
-        text = super().format_help(*arguments, **options)
-        return re.sub(r"--[a-z][\w.]*", lambda option: option[0].replace("_", "-"), text)
-
-
-def _underscored(argument: str) -> str:
-    """`--optim.learning-rate=1e-3` as jsonargparse wants it: `--optim.learning_rate=1e-3`."""
-    if not argument.startswith("--"):
-        return argument
-    option, equals, value = argument.partition("=")
-    return f"--{option[2:].replace('-', '_')}{equals}{value}"
 
 
 def train(arguments: list[str]) -> int:
@@ -92,7 +48,7 @@ def train(arguments: list[str]) -> int:
     from sequencer2d.training.ranks import is_first_process
 
     first = is_first_process()
-    _log_to_screen(logging.INFO if first else logging.CRITICAL)
+    log_to_screen(logging.INFO if first else logging.CRITICAL)
     try:
         return _train_once(config, given, first) if seeds is None else _train_seeds(config, seeds, first)
     except StopRequested:
@@ -156,30 +112,11 @@ def evaluate(arguments: list[str]) -> int:
     _check_folder("json", json_file)
     result = run_evaluation(**options)
     try:
-        _print_evaluation(result)
+        print_evaluation(result)
     finally:  # whatever becomes of the screen
         if json_file:
             write_atomic(Path(json_file), json.dumps(result.to_dict(), indent=2, ensure_ascii=False))
     return PROBLEM if result.skipped else DONE
-
-
-def _print_evaluation(result: "Evaluation") -> None:
-    """A table of the classes, and the figures of the whole."""
-    console = Console()
-    title = Text(_printable(f"{result.data}, {result.split}"))
-    table = Table("class", "images", "recall", "precision", title=title)
-    for row in result.per_class:
-        table.add_row(
-            Text(_printable(row["name"])), f"{row['num_images']:,}", _percent(row["recall"]), _percent(row["precision"])
-        )
-    console.print(table)
-    console.print(
-        f"top-1 {result.top1:.2%}, top-5 {_percent(result.top5)}, loss {result.loss:.4f}, "
-        f"calibration error {result.ece:.4f}, {result.num_images:,} images of {result.image_size}²"
-        f"{' and their mirror images' if result.flips else ''}, {result.precision}"
-    )
-    for message in result.skipped:
-        print(f"skipped: {_printable(message)}", file=sys.stderr)
 
 
 _FLIPS_HELP = "average the logits of each image and its mirror image"
@@ -224,7 +161,7 @@ def predict(arguments: list[str]) -> int:
             classes = ", ".join(f"{name} {probability:.1%}" for name, probability in prediction.classes)
             line = f"error: {prediction.error}" if prediction.error else f"{prediction.path}: {classes}"
             try:
-                print(_printable(line), flush=True)
+                print(printable(line), flush=True)
             except BrokenPipeError:  # the reader of our output, such as `head`, has gone
                 if not options.output:
                     raise
@@ -261,7 +198,7 @@ def prepare(arguments: list[str]) -> int:
     options = parser.parse_args(arguments).as_dict()
     from sequencer2d.data.prepare import prepare as run_preparation
 
-    with _progress_bars() as progress:
+    with progress_bars() as progress:
         result = run_preparation(**options, progress=progress)
     images = ", ".join(f"{count:,} {split}" for split, count in result.num_images.items())
     print(f"{result.folder}: {images} images of {result.num_classes:,} classes")
@@ -269,35 +206,6 @@ def prepare(arguments: list[str]) -> int:
         print(f"note: {note}")
     print(f"train on it: sequencer2d train --data {result.folder}")
     return DONE
-
-
-@contextmanager
-def _progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with rate and remaining time for each thing that is done, below our log; on standard error, at a terminal.
-
-    The log is there in any case, and goes back to what it was before.
-    """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-    logger = logging.getLogger("sequencer2d")
-    level, tasks = logger.level, {}
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-
-            def show(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what)
-                bars.update(tasks[what], completed=done, total=total or None)
-
-            yield show
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def check(arguments: list[str]) -> int:
@@ -319,12 +227,12 @@ def check(arguments: list[str]) -> int:
     if options.workers is not None and options.workers < 0:
         raise ValueError(f"--workers {options.workers} must be at least 0")
     _check_folder("json", options.json)
-    _log_to_screen()
+    log_to_screen()
     folder = find_folder(options.data, root=options.data_root)
-    with _progress_bar("images") as advance:
+    with progress_bar("images") as advance:
         report = check_folder(folder, workers=options.workers, cache=not options.no_cache, progress=advance)
     try:
-        _print_report(report)
+        print_report(report)
     finally:  # whatever becomes of the screen
         if options.json:
             write_atomic(Path(options.json), json.dumps(report.to_dict(), indent=2))
@@ -333,65 +241,10 @@ def check(arguments: list[str]) -> int:
     return PROBLEM if report.wrong else DONE
 
 
-def _print_report(report: "Report", examples: int = 3) -> None:
-    """What is in the folder, and every kind of finding with its first examples."""
-    from sequencer2d.data.check import KINDS
-
-    def commonest(counts: dict[str, int]) -> str:
-        more = f" and {len(counts) - examples} more" if len(counts) > examples else ""
-        return ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:examples]) + more
-
-    console = Console()
-    for split, of_class in report.class_counts.items():
-        few, many = min(of_class.values()), max(of_class.values())
-        each = f"{few:,}" if few == many else f"{few:,} to {many:,}"
-        print(f"{split}: {sum(of_class.values()):,} images, {len(of_class):,} classes of {each}")
-    print(f"formats {commonest(report.formats)}; modes {commonest(report.modes)}; sizes {commonest(report.sizes)}")
-    if report.other_files:
-        print(_printable(f"{len(report.other_files):,} other files: {', '.join(report.other_files[:examples])}"))
-    table = Table("finding", Column("number", justify="right"), "what it means, and the first of them", box=None)
-    for kind, (wrong, meaning) in KINDS.items():
-        found = [finding for finding in report.findings if finding.kind == kind]
-        if not found:
-            continue
-        lines = [
-            ": ".join(filter(None, [", ".join(finding.files[:examples]), finding.reason]))
-            for finding in found[:examples]
-        ]
-        text = Text("\n".join([meaning, *(f"  {_printable(line)}" for line in lines)]))
-        table.add_row(Text(kind, style="bold red" if wrong else ""), f"{len(found):,}", text)
-    if report.findings:
-        console.print(table)
-    known = f", {report.num_cached:,} of them known from an earlier check" if report.num_cached else ""
-    verdict = "something is wrong" if report.wrong else "nothing is wrong"
-    print(f"{report.num_images:,} images checked{known}: {verdict}")
-
-
 def _check_folder(option: str, file: str | None) -> None:
     """Raises FileNotFoundError before minutes of work where the file that it is written to would have no folder."""
     if file and not Path(file).parent.is_dir():
         raise FileNotFoundError(f"--{option} {file}: {Path(file).parent}: no such folder; make it first")
-
-
-def _printable(text: str) -> str:
-    """Names of files may hold what is no text, or would command the terminal."""
-    return "".join(character if character.isprintable() else "�" for character in text)
-
-
-@contextmanager
-def _progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with rate and time left on standard error, if that is a terminal; the function moves it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:,.0f} {what}/s" if task.speed else "")
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _prepare_shards(arguments: list[str]) -> int:
@@ -415,7 +268,7 @@ def _prepare_shards(arguments: list[str]) -> int:
     root = Path(options.root).expanduser()
     data = load_data(options.source, root=options.data_root, val_fraction=options.val_fraction, seed=options.seed)
     there = (root / INDEX).is_file()
-    with _progress_bar("images") as advance:
+    with progress_bar("images") as advance:
         shards = write_shards(data, root, images_per_shard=options.images_per_shard, progress=advance)
     for split in dict.fromkeys(shard.split for shard in shards):
         chosen = [shard for shard in shards if shard.split == split]
@@ -483,60 +336,13 @@ def benchmark(arguments: list[str]) -> int:
     options = parser.parse_args(arguments).as_dict()
     json_file = options.pop("json")
     _check_folder("json", json_file)
-    _log_to_screen()
+    log_to_screen()
     found = run_benchmark(**options)
     if json_file:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records(found))
         write_atomic(Path(json_file), "".join(lines))
-    _print_measurements(found)
+    print_measurements(found)
     return PROBLEM if any(measurement.error for measurement in found) else DONE
-
-
-def _print_measurements(found: "Sequence[Measurement]") -> None:
-    """A table for each group of contenders that took turns."""
-    console = Console()
-    for number in dict.fromkeys(measurement.group for measurement in found):
-        group = [measurement for measurement in found if measurement.group == number]
-        reference = group[0]
-        headings = ["ms/step", "images/s", f"× {reference.entry.contender}", "half lie in", "MiB", "peak"]
-        if reference.entry.workload.mode == "infer":
-            headings[1:1] = ["p90", "p99"]
-        numbers = (Column(heading, justify="right") for heading in headings)
-        title = f"{reference.entry.workload}, {reference.entry.allocator} allocator"
-        table = Table("contender", *numbers, box=None, title=title, padding=(0, 1, 0, 0))
-        for measurement in group:
-            table.add_row(measurement.entry.contender, *_cells(measurement, reference))
-        console.print(table)
-        for measurement in group:
-            if measurement.error is not None:
-                print(f"failed: {measurement.entry.contender}: {_printable(measurement.error)}")
-    print("MiB: what steps need beyond libraries, weights and images; peak: with these")
-
-
-def _cells(measurement: "Measurement", reference: "Measurement") -> list[str]:
-    """What stands in the columns of numbers."""
-
-    def rounded(value: float | None, digits: int = 1) -> str:
-        return "–" if value is None else f"{value:,.{digits}f}"
-
-    if measurement.seconds is None:
-        return ["failed"]
-    tails = [rounded(measurement.percentile_ms(percent)) for percent in (90, 99)]
-    ratio = measurement.time_ratio(reference)
-    speedup = ["–", ""] if ratio is None else _speedup(ratio)
-    return [
-        rounded(1000 * measurement.seconds),
-        *(tails if measurement.entry.workload.mode == "infer" else []),
-        rounded(measurement.images_per_s),
-        *speedup,
-        rounded(measurement.step_mib, 0),
-        rounded(measurement.answers.peak_mib, 0),
-    ]
-
-
-def _speedup(ratio: "Ratio") -> list[str]:
-    inverse = ratio.inverse
-    return [f"{inverse.median:.2f}", f"({inverse.low:.2f}–{inverse.high:.2f})"]
 
 
 def _height_width(text: str) -> tuple[int, int]:
@@ -545,17 +351,3 @@ def _height_width(text: str) -> tuple[int, int]:
     if not match:
         raise ValueError(f"--image-size {text} must be a side in pixels such as 448, or height and width, 448x320")
     return int(match[1]), int(match[2] or match[1])
-
-
-def _percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{fraction:.2%}"
-
-
-def _log_to_screen(level: int = logging.INFO) -> None:
-    """Our own messages, without time and level, on standard error; Lightning's only from warnings on."""
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
-    logger = logging.getLogger("sequencer2d")
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(max(level, logging.WARNING))

@@ -141,7 +141,7 @@ def test_a_skipped_update_changes_no_statistics(
 
     monkeypatch.setattr(SequencerTask, "optimizer_step", optimizer_step)
     if precision == "fp16":
-        monkeypatch.setattr("sequencer2d.training.run.pl.Trainer", trainer_in_fp16)
+        monkeypatch.setattr("sequencer2d.training.fitting.pl.Trainer", trainer_in_fp16)
     fail_at(monkeypatch, batch, lambda: math.nan)
     assert train(replace(config, skip_nonfinite=1, backend="torch")).finished
     changes = [not all(map(torch.equal, *pair)) for pair in itertools.pairwise(after)]

@@ -172,7 +172,7 @@ def test_what_is_for_sequencers_is_refused_before_anything_is_written(
     case: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, message = REFUSED[case]
-    monkeypatch.setattr("sequencer2d.training.run.load_weights_into", lambda *_: [])
+    monkeypatch.setattr("sequencer2d.training.open_run.load_weights_into", lambda *_: [])
     monkeypatch.setattr("sequencer2d.training.run.check_compiler", lambda _: None)
     with pytest.raises(ValueError, match=message):
         train(replace(config, **changes))
