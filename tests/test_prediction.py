@@ -102,7 +102,7 @@ def test_pictures_of_formats_that_are_not_read_are_told_of(
     known = len(list(predict(model_file, [folder])))
     (folder / "IMG_1.HEIC").touch()
     assert len(list(predict(model_file, [folder]))) == known
-    assert f"{folder}: 1 .heic files are left out" in caplog.text
+    assert f"{folder}: left out, since their format is not read: 1 .heic;" in caplog.text
 
 
 def test_standard_input_is_one_image(model_file: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_pictures_of_formats_that_are_not_read_are_told_of_once(
     files = [*some("cat", "dog"), "cat/a.HEIC", "dog/deep/b.heic", "dog/c.dng", "dog/notes.txt", "dog/._d.heic"]
     for _ in range(2):
         assert len(split_names(load_data(str(make_tree(tmp_path, *files))))["train"]) == 18
-    told = "2 .heic, 1 .dng files are left out, a format that is not read; convert them to JPEG or PNG"
+    told = "left out, since their format is not read: 2 .heic, 1 .dng; convert them to JPEG or PNG"
     assert caplog.messages == [f"{tmp_path}: {told}"]
 
 

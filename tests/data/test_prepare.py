@@ -294,7 +294,7 @@ def test_folder_is_split_with_the_seed(kind: str, tmp_path: Path) -> None:
 def test_pictures_of_other_formats_in_an_archive_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_zip(tmp_path / "x.zip", folder_files() | {"cat/a.heic": b"x", "__MACOSX/cat/._a.heic": b"x"})
     prepare("pets", tmp_path / "data", source)
-    assert f"{source}: 1 .heic files are left out, a format that is not read" in caplog.text
+    assert f"{source}: left out, since their format is not read: 1 .heic;" in caplog.text
 
 
 def test_folder_with_splits_and_names(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def warn_of_unread(where: Path, files: Iterable[str]) -> None:
 
 @cache
 def _warn_once(where: Path, formats: str) -> None:
-    log.warning("%s: %s files are left out, a format that is not read; convert them to JPEG or PNG", where, formats)
+    log.warning("%s: left out, since their format is not read: %s; convert them to JPEG or PNG", where, formats)
 
 
 def find_splits(root: Path) -> dict[str, Path]:
