@@ -16,7 +16,7 @@ from torch import nn
 from jobs import Job
 from runs import assert_same, rows, stop_at, tiny_run
 from sequencer2d.model import Sequencer2D, SequencerConfig
-from sequencer2d.training import compilation, run
+from sequencer2d.training import compilation, fitting, run
 from sequencer2d.training.compilation import check_compiler, compile_regions
 from sequencer2d.training.config import TrainConfig
 from sequencer2d.training.faults import TrainingError
@@ -83,7 +83,7 @@ def test_a_compiled_run_is_the_same_run_stopped_or_not(
     config = replace(config, grad_checkpointing=True)
     eager = train(replace(config, compile=False, run_dir=str(tmp_path / "eager")))
     calls: list[int] = []
-    monkeypatch.setattr(run, "compile_regions", lambda *a, **o: calls.append(compile_regions(*a, **o)) or calls[-1])
+    monkeypatch.setattr(fitting, "compile_regions", lambda *a, **o: calls.append(compile_regions(*a, **o)) or calls[-1])
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         assert not train(config).finished
