@@ -54,12 +54,15 @@ def _underscored(argument: str) -> str:
 
 def log_to_screen(level: int = logging.INFO) -> None:
     """Our own messages, without time and level, on standard error; Lightning's only from warnings on."""
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
     logger = logging.getLogger("sequencer2d")
-    logger.addHandler(handler)
+    logger.addHandler(_handler(Console(stderr=True)))
     logger.setLevel(level)
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+def _handler(console: Console) -> RichHandler:
+    return RichHandler(console=console, show_time=False, show_level=False, show_path=False)
 
 
 @contextmanager
@@ -88,7 +91,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+    handler = _handler(console)
     logger = logging.getLogger("sequencer2d")
     level, tasks = logger.level, {}
     logger.addHandler(handler)

@@ -11,6 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
+from sequencer2d.data.catalog import ImageSet
 from sequencer2d.data.loaders import CachedImages, ImageLoader, TrainLoader, eval_loader
 from sequencer2d.data.shards import ShardImages
 from sequencer2d.data.transforms import EvalTransform, TrainTransform
@@ -46,7 +47,8 @@ def fit(
 ) -> tuple[SequencerTask, bool]:
     """Trains to the end, or until asked to stop, from the beginning or a checkpoint."""
     config, ranks = run.config, run.ranks
-    train_loader, val_loader = _loaders(run)
+    val_images = run.images("val")
+    train_loader, val_loader = _loaders(run, val_images)
     if ranks.world_size > 1:
         share_batch_norms(model)
     prepare(model, config)
@@ -56,7 +58,7 @@ def fit(
         config.preprocessing,
         len(train_loader),
         teacher,
-        num_val=len(run.images("val")),
+        num_val=len(val_images),
         ranks=ranks,
         faults=run.run_dir / "faults",
     )
@@ -124,7 +126,7 @@ def fit(
     return task, ranks.highest(int(checkpoints.requested)) == 1
 
 
-def _loaders(run: OpenRun) -> tuple[TrainLoader, ImageLoader]:
+def _loaders(run: OpenRun, val_images: ImageSet) -> tuple[TrainLoader, ImageLoader]:
     """Of training and validation images. Small ones are kept in memory once they were read."""
     config, ranks = run.config, run.ranks
     small = config.preprocessing.image_size <= SMALL_IMAGE_SIZE
@@ -132,7 +134,7 @@ def _loaders(run: OpenRun) -> tuple[TrainLoader, ImageLoader]:
     cache_bytes = 2**31 // (max(1, workers) * ranks.local_world_size)  # each process comes to have its own
     train_images, val_images = (
         CachedImages(images, cache_bytes) if small and not isinstance(images, ShardImages) else images
-        for images in (run.images("train"), run.images("val"))
+        for images in (run.images("train"), val_images)
     )
     share: dict[str, Any] = {"num_workers": workers, "rank": ranks.rank, "world_size": ranks.world_size}
     train_loader = TrainLoader(
