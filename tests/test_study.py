@@ -268,7 +268,7 @@ def test_pictures_are_drawn_alike_twice_and_those_no_longer_shown_are_removed(tm
         finished_run(tmp_path / "ours", 0.8, evaluations=sizes),
         finished_run(tmp_path / "peer", 0.7, model="timm/resnet18", num_parameters=11_000_000),
     ]
-    rows = [{"label": "Ours", "runs": ["ours"], "curves": True}, {"label": "ResNet-18", "runs": ["peer"]}]
+    rows = [{"label": "Ours", "runs": ["ours"], "curves": True}, {"label": "`timm`, ResNet-18", "runs": ["peer"]}]
     dots = [{"kind": "dots", "x": x} for x in ("minutes", "parameters", "macs", "images")]
     plots = [*dots, {"kind": "dots", "y": "val"}, {"kind": "dots", "y": "flips"}, {"kind": "curves"}]
     write_study(docs, table(rows=rows, plots=[*plots, {"kind": "resolution"}]))
@@ -281,7 +281,8 @@ def test_pictures_are_drawn_alike_twice_and_those_no_longer_shown_are_removed(tm
     assert drawn == {path.relative_to(docs): path.read_bytes() for path in docs.rglob("*.svg")}
     texts = {path.stem.removeprefix("all-"): svg.decode() for path, svg in drawn.items()}
     assert "minutes of training on 2 cores, wall-clock" in texts["test-top-1-over-minutes"]
-    assert "ResNet-18" in texts["validation-top-1-during-the-training"]
+    assert "timm, ResNet-18" in texts["validation-top-1-during-the-training"]
+    assert "timm, ResNet-18" in texts["test-top-1-over-minutes"]
     assert "ResNet-18" not in texts["test-top-1-over-image-size"]
     write_study(docs, table(rows=[row | {"curves": False} for row in rows]))
     make_results.main([], docs)

@@ -95,7 +95,7 @@ def draw(plot: Plot, lines: Sequence[Line], description: str) -> str | None:
         x_label, y_label = "side of the image in pixels", f"{y_label} at other image sizes"
         points = [found if len(found) > 1 else [] for found in points]  # one size is no line
     curves = [
-        Curve(label=line.row.label, points=found, highlight=line.highlight)
+        Curve(label=_plain(line.row.label), points=found, highlight=line.highlight)
         for line, found in zip(chosen, points, strict=True)
         if found
     ]
@@ -110,7 +110,7 @@ def _draw_dots(plot: Plot, lines: Sequence[Line], y_label: str, description: str
     for line in lines:
         x, y = mean_of(plot.x, line.runs), mean_of(plot.y, line.runs)
         if x and y:
-            dots.append(Dot(label=line.row.label, x=x[0], y=y[0], deviation=y[1], highlight=line.highlight))
+            dots.append(Dot(label=_plain(line.row.label), x=x[0], y=y[0], deviation=y[1], highlight=line.highlight))
     if not dots:
         return None
     x_label = X_LABELS.get(plot.x) or _minutes(lines)
@@ -136,6 +136,11 @@ def _caption(plot: Plot) -> str:
         return "validation top-1 during the training"
     x_label = "image size" if plot.kind == "resolution" else X_LABELS.get(plot.x, plot.x)
     return f"{Y_LABELS[plot.y]} over {x_label}"
+
+
+def _plain(label: str) -> str:
+    """A label as pictures show it, which know no Markdown."""
+    return label.replace("`", "")
 
 
 def _labels(lines: Sequence[Line]) -> dict[str, str]:
