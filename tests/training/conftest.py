@@ -1,11 +1,18 @@
-"""The run that several processes must train as one does."""
+"""Runs to train: a tiny one, and one that several processes must train as one does."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runs import make_images
+from runs import make_images, tiny_run
+from sequencer2d.training.config import TrainConfig
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    """A run of seconds. Files whose tests need another one have a fixture of this name of their own."""
+    return tiny_run(tmp_path)
 
 
 @pytest.fixture

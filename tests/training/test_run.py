@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from runs import last_checkpoint, make_images, rows, stop_at, tiny_run
+from runs import last_checkpoint, make_images, rows, stop_at
 from sequencer2d import files
 from sequencer2d.data.check import check_folder
 from sequencer2d.data.mixing import BatchMixing
@@ -32,11 +32,6 @@ from sequencer2d.training.run import train
 from sequencer2d.training.schedule import Clock
 from sequencer2d.training.task import SequencerTask
 from sequencer2d.weights import ModelFileError, load_model
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    return tiny_run(tmp_path)
 
 
 def test_a_run_leaves_all_that_was_promised(config: TrainConfig) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from pytorch_lightning.loops.fit_loop import _FitLoop
 from safetensors.torch import load_file
 
-from runs import assert_same, last_checkpoint, make_images, rows, stop_at, tiny_run
+from runs import assert_same, last_checkpoint, make_images, rows, stop_at
 from sequencer2d.evaluation import evaluate
 from sequencer2d.training import machine, run
 from sequencer2d.training.callbacks import Checkpoints, StopRequested
@@ -23,11 +23,6 @@ from sequencer2d.training.config import OptimConfig, TrainConfig
 from sequencer2d.training.finetune_config import DistillConfig, FinetuneConfig, ProgressiveConfig
 from sequencer2d.training.run import train
 from sequencer2d.training.task import SequencerTask
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    return tiny_run(tmp_path)
 
 
 @pytest.mark.parametrize(
