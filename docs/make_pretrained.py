@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from sequencer2d.data.catalog import DATA_NAMES
 from sequencer2d.evaluation import evaluate
@@ -70,6 +72,7 @@ def package(run_dir: Path, name: str) -> Path:
             "rounded_val_top1": top1,
             "command": portable(environment["command"]),
             "commit": environment["commit"],
+            **begun_from(run_dir, environment["commit"]),
             "license": LICENSE,
         },
     )
@@ -124,6 +127,25 @@ def rounded_accuracy(run_dir: Path, model: Sequencer2D, card: ModelCard) -> tupl
     return found.top1, found.num_images
 
 
+def begun_from(run_dir: Path, commit: str) -> dict[str, str]:
+    """How the weights were trained from which the run began, by the card in the package of its commit; nothing if anew.
+
+    Raises:
+        ValueError: They are not from the package, or the commit is not in this checkout.
+    """
+    name = yaml.safe_load((run_dir / "config.yaml").read_text())["weights"]
+    if name is None:
+        return {}
+    found = subprocess.run(["git", "show", f"{commit}:./{name}.safetensors"], cwd=FOLDER, capture_output=True)
+    if found.returncode:
+        raise ValueError(f"the weights {name} are not in the package of {commit}: {found.stderr.decode().strip()}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{name}.safetensors")
+        path.write_bytes(found.stdout)
+        _, card = load_model(path)
+    return {"begun_from_command": card.training["command"], "begun_from_commit": card.training["commit"]}
+
+
 def portable(command: str) -> str:
     """The command of a run without its program's path and the folders of its machine.
 
@@ -157,6 +179,11 @@ def section(path: Path) -> str:
         "data": DATA.get(trained["trained_on"], trained["trained_on"]),
         "command": f"`{trained['command']}`",
         "commit": trained["commit"],
+        **(
+            {"begun from": f"weights by `{trained['begun_from_command']}` at commit {trained['begun_from_commit']}"}
+            if "begun_from_command" in trained
+            else {}
+        ),
         "validation accuracy": f"{trained['rounded_val_top1']:.2%} of {trained['num_val']:,} images, by which training "
         f"chose its weights; {trained['val_top1']:.2%} {before}",
         "test accuracy": test,

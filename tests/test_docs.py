@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import statistics
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,35 @@ def test_the_command_of_packaged_weights_names_no_folder_of_a_machine() -> None:
         "sequencer2d train --data path/to/cifar10"
     )
     assert portable("sequencer2d train --data=/tmp/cifar10") == "sequencer2d train --data=path/to/cifar10"
+
+
+def test_packaged_weights_tell_from_which_they_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pretrained = load_script("make_pretrained")
+    monkeypatch.setattr(make_pretrained, "FOLDER", tmp_path)
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=me", "-c", "user.email=me@localhost"]
+        run = subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return run.stdout
+
+    name = "sequencer2d_conv_p_patch2_16"
+    file = tmp_path / f"{name}.safetensors"
+    file.write_bytes((PACKAGED / file.name).read_bytes())
+    git("init", "--quiet")
+    git("add", file.name)
+    git("commit", "--quiet", "--message", "weights")
+    commit = git("rev-parse", "HEAD").strip()
+    file.unlink()  # what is there now does not matter
+    (tmp_path / "config.yaml").write_text(f"weights: {name}\n")
+    _, card = load_model(PACKAGED / file.name)
+    assert make_pretrained.begun_from(tmp_path, commit) == {
+        "begun_from_command": card.training["command"],
+        "begun_from_commit": card.training["commit"],
+    }
+    with pytest.raises(ValueError, match=f"the weights {name} are not in the package of 1234567"):
+        make_pretrained.begun_from(tmp_path, "1234567")
+    (tmp_path / "config.yaml").write_text("weights: null\n")
+    assert make_pretrained.begun_from(tmp_path, commit) == {}
 
 
 @pytest.mark.slow
