@@ -86,12 +86,12 @@ def scan_classes(root: Path, parent: Path) -> dict[str, list[str]]:
     return files
 
 
-def image_files(root: Path, folder: Path) -> list[str]:
-    """Image files in a folder and below, sorted, as POSIX paths relative to `root`.
+def image_files(root: Path, folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[str]:
+    """Those of `files_below` that are images.
 
     Files are known by their extension alone: to ask the file system about each of ImageNet's would take minutes.
     """
-    return [file for file in files_below(root, folder) if is_image_file(file)]
+    return [file for file in files_below(root, folder, on_error) if is_image_file(file)]
 
 
 def files_below(root: Path, folder: Path, on_error: Callable[[OSError], None] | None = None) -> list[str]:

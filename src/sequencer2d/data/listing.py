@@ -4,7 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sequencer2d.data.folders import SPLIT_NAMES, VAL_NAMES, files_below, find_splits, is_image_file, load_folder
+from sequencer2d.data.folders import (
+    SPLIT_NAMES,
+    VAL_NAMES,
+    files_below,
+    find_splits,
+    image_files,
+    is_image_file,
+    load_folder,
+)
 from sequencer2d.data.folders import subfolders as subfolders_of
 from sequencer2d.data.tiny_imagenet import ANNOTATIONS, FOLDER, is_tiny_imagenet, load_tiny_imagenet
 
@@ -95,8 +103,8 @@ def _classes(root: Path, splits: dict[str, Path]) -> list[ClassFiles]:
     def in_order() -> Iterator[ClassFiles]:
         for split, parent in (splits or {ONE_TREE: root}).items():
             for folder in subfolders_of(parent):
-                files = files_below(root, folder, on_error=lambda _: None)  # the walk of everything has noted it
-                yield split, folder.name, [file for file in files if is_image_file(file)]
+                files = image_files(root, folder, on_error=lambda _: None)  # the walk of everything has noted it
+                yield split, folder.name, files
 
     return list(in_order())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments import LightningEnvironment
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from pytorch_lightning.strategies import DDPStrategy
 
 from sequencer2d.data.augment import SMALL_IMAGE_SIZE
@@ -79,34 +79,13 @@ def fit(
         log.info("continuing %s after %d updates", run.run_dir, updates_of(checkpoint))
     folder = CheckpointFolder(run.run_dir / "checkpoints", config.keep_checkpoints)
     loggers = make_loggers(config.loggers, run.run_dir, config.to_dict(), continued=checkpoint is not None)
+    tensorboard = TensorBoardLogger(run.run_dir, name="", version="tensorboard")
     patience = [StopWithoutImprovement(config.early_stopping)] if config.early_stopping else []
     checkpoints = Checkpoints(folder, metrics_file, minutes=config.checkpoint_minutes, ranks=ranks, save_best=save_best)
     with warnings.catch_warnings(), stop_signals_to(checkpoints.request):
         _ignore_lightning_advice()
-        trainer = pl.Trainer(
-            accelerator=best_device().type,
-            devices=ranks.local_world_size,
-            num_nodes=ranks.num_nodes,
-            strategy=_strategy(config, ranks),
-            use_distributed_sampler=False,
-            inference_mode=not task.sharded,  # what is gathered in it could not be trained with
-            precision=LIGHTNING_PRECISION[precision],
-            max_epochs=-1,
-            max_steps=task.clock.total_updates,
-            accumulate_grad_batches=config.accumulate,
-            num_sanity_val_steps=0,
-            log_every_n_steps=min(config.log_every, len(train_loader)),
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            logger=[metrics_file, TensorBoardLogger(run.run_dir, name="", version="tensorboard"), *loggers],
-            plugins=[folder, ranks.environment or LightningEnvironment()],  # which would else look for one itself
-            callbacks=[
-                *([TrainingProgress()] if ranks.is_first else []),
-                *patience,
-                checkpoints,
-            ],
-        )
+        callbacks = [*([TrainingProgress()] if ranks.is_first else []), *patience, checkpoints]
+        trainer = _trainer(run, task, precision, folder, callbacks, [metrics_file, tensorboard, *loggers])
         keep_signals(trainer)
         try:
             trainer.fit(
@@ -124,6 +103,38 @@ def fit(
             close_loggers(loggers)
     task.put_together()
     return task, ranks.highest(int(checkpoints.requested)) == 1
+
+
+def _trainer(
+    run: OpenRun,
+    task: SequencerTask,
+    precision: Precision,
+    folder: CheckpointFolder,
+    callbacks: list[pl.Callback],
+    loggers: list[Logger],
+) -> pl.Trainer:
+    """Lightning's, for this many updates; what it would print, keep or look for by itself is ours or off."""
+    config, ranks = run.config, run.ranks
+    return pl.Trainer(
+        accelerator=best_device().type,
+        devices=ranks.local_world_size,
+        num_nodes=ranks.num_nodes,
+        strategy=_strategy(config, ranks),
+        use_distributed_sampler=False,
+        inference_mode=not task.sharded,  # what is gathered in it could not be trained with
+        precision=LIGHTNING_PRECISION[precision],
+        max_epochs=-1,
+        max_steps=task.clock.total_updates,
+        accumulate_grad_batches=config.accumulate,
+        num_sanity_val_steps=0,
+        log_every_n_steps=min(config.log_every, task.batches_per_epoch),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=loggers,
+        plugins=[folder, ranks.environment or LightningEnvironment()],  # which would else look for one itself
+        callbacks=callbacks,
+    )
 
 
 def _loaders(run: OpenRun, val_images: ImageSet) -> tuple[TrainLoader, ImageLoader]:
