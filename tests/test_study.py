@@ -386,10 +386,22 @@ def test_labels_at_the_ends_of_lines_stand_apart_and_in_order() -> None:
     assert all(lower - higher > 12 for lower, higher in pairwise(heights))
 
 
+def test_labels_of_many_lines_that_end_high_stay_within_the_picture() -> None:
+    curves = [Curve(label=f"net {i}", points=[(1, 0.1), (2, 0.9)], highlight=False) for i in range(12)]
+    svg = draw_lines(curves, x_label="minutes", y_label="accuracy", description="", from_zero=True)
+    heights = [texts_of(svg)[curve.label][1] for curve in curves]
+    assert min(heights) > 6
+
+
 @pytest.mark.parametrize("places", [[], [3.0], [5.0, 5.0, 5.0], [9.0, 1.0, 1.5, 9.5, 2.5]])
 def test_spread_moves_apart_keeps_order_and_middle(places: list[float]) -> None:
-    moved = spread(places, gap=2)
+    moved = spread(places, gap=2, bounds=(-math.inf, math.inf))
     order = sorted(range(len(places)), key=lambda i: places[i])
     assert all(moved[b] - moved[a] >= 2 - 1e-9 for a, b in pairwise(order))
     assert math.isclose(sum(moved), sum(places))
-    assert spread([1.0, 5.0], gap=2) == [1.0, 5.0]
+    assert spread([1.0, 5.0], gap=2, bounds=(0, 6)) == [1.0, 5.0]
+
+
+def test_spread_stays_within_its_bounds() -> None:
+    assert spread([9.0, 9.5, 1.0, 9.8], gap=2, bounds=(0, 10)) == [6.0, 8.0, 1.0, 10.0]
+    assert spread([0.5, 0.0, 3.0], gap=2, bounds=(0, 10)) == [2.0, 0.0, 4.0]

@@ -245,7 +245,8 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
     line_height = 13  # points
     right = axes.get_window_extent().x1 + 12
     ends = [axes.transData.transform(curve.points[-1]) for curve in curves]
-    heights = spread([float(y) for _, y in ends], gap=line_height)
+    bounds = (line_height / 2, 72 * FIGURE_SIZE[1] - line_height / 2)
+    heights = spread([float(y) for _, y in ends], gap=line_height, bounds=bounds)
     for number, (curve, (x, y), height) in enumerate(zip(curves, ends, heights, strict=True)):
         colour = _line_colour(number)
         line = axes.transData.inverted().transform([(x, y), (right - 4, height)])
@@ -256,8 +257,8 @@ def _label_ends(axes: Axes, curves: Sequence[Curve]) -> None:
         text.set(color=colour, weight=weight)
 
 
-def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Places moved apart to at least `gap`, in the same order and as little as groups of neighbours allow."""
+def spread(places: Sequence[float], gap: float, bounds: tuple[float, float]) -> list[float]:
+    """Places moved apart to at least `gap` within the bounds, in the same order and as little as neighbours allow."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     groups: list[list[int]] = []
     for index in order:
@@ -272,6 +273,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     for group in groups:
         middle = _middle(places, group)
         moved |= {index: middle + gap * (rank - (len(group) - 1) / 2) for rank, index in enumerate(group)}
+    low, high = bounds
+    for rank, index in enumerate(order):
+        moved[index] = min(max(moved[index], low + gap * rank), high - gap * (len(order) - 1 - rank))
     return list(moved.values())
 
 
